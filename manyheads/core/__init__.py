@@ -1,0 +1,22 @@
+"""What a mechanism is made of: forms, operands, expressions, positions. Imports torch and nothing else of the package."""
+
+from manyheads.core.forms import Blocks, Form, Function, Operand, Projections, Recurrence, Scores, Selection, Sum, one
+from manyheads.core.mechanism import Law, Mechanism, mechanism
+from manyheads.core.merge import merge
+
+__all__ = [
+    "Blocks",
+    "Form",
+    "Function",
+    "Law",
+    "Mechanism",
+    "Operand",
+    "Projections",
+    "Recurrence",
+    "Scores",
+    "Selection",
+    "Sum",
+    "mechanism",
+    "merge",
+    "one",
+]

@@ -1,0 +1,307 @@
+"""Which tiles of a mask are empty or full, without building it.
+
+A part of the mask that depends on i alone, on j alone, or on i - j alone is evaluated at every position, O(length), and
+reduced to its extremes in each tile. What combines such parts follows from bounds, a value for each tile and no more.
+That is exact for causal masks, windows, documents, prefixes, blocks, dilation and their like, with no special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from manyheads.core.expressions.ops import Bounds, interval_of, known
+from manyheads.core.expressions.trace import schedule
+
+if TYPE_CHECKING:
+    from manyheads.core.expressions import Program
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+BINS = 128  # of the hashed sets of values that are compared for x[i] == y[j]
+SPAN = 4  # a tensor read with indices that are bounded only is searched where they span no more values than this
+CHUNK = 2**18  # tiles that are classified at a time: what bounds memory, and fits a cache
+
+
+class Axis:
+    """The positions of one side [batch | 1, len], cut into tiles. Places behind the end count as nothing at all.
+
+    values [batch | 1, 1, tiles * tile]: positions, the tile's last one where there is none, 0 if it has none.
+    low, high [batch | 1, 1, tiles]: bounds of the positions. void: no token in the tile. gaps: a token is absent.
+    start [batch | 1]: the position of place 0 if the tokens' positions are a run, else None.
+    """
+
+    def __init__(self, positions: Tensor | range, tile: int, device: torch.device):
+        if isinstance(positions, range):
+            self.is_range = positions.step == 1
+            positions = torch.arange(positions.start, positions.stop, positions.step, device=device)
+        else:
+            self.is_range = False
+            positions = positions.to(device, torch.int64)
+        positions = positions if positions.ndim == 2 else positions[None]
+        self.length, self.tile, self.count = positions.shape[1], tile, -(-positions.shape[1] // tile)
+        absent = (positions < 0)[:, None]
+        padded = pad(positions[:, None], (0, self.count * tile - self.length), value=-1).unflatten(-1, (-1, tile))
+        last = padded.amax(-1)
+        self.void = last < 0
+        self.gaps = pad(absent, (0, self.count * tile - self.length)).unflatten(-1, (-1, tile)).any(-1)
+        filled = torch.where(padded < 0, last.clamp(min=0)[..., None], padded)
+        self.values, self.low, self.high = filled.flatten(-2), filled.amin(-1), filled.amax(-1)
+        self.start = self._start(positions)
+
+    def _start(self, positions: Tensor) -> Tensor | None:
+        offsets = positions - torch.arange(self.length, device=positions.device)
+        if self.is_range:
+            return offsets[:, 0]
+        present = positions >= 0
+        start = torch.where(present, offsets, torch.iinfo(torch.int64).min).amax(-1)
+        start = torch.where(present.any(-1), start, 0)
+        is_run = bool(((offsets == start[:, None]) | ~present).all())
+        return start if is_run else None
+
+    def extremes(self, values: Tensor) -> Bounds:
+        """The least and the greatest in each tile of values [batch | 1, heads | 1, tiles * tile]."""
+        tiles = values.unflatten(-1, (self.count, self.tile))
+        return tiles.amin(-1), tiles.amax(-1)
+
+
+class Differences:
+    """i - j over the tiles of two runs. All values lie on one line of q_len + kv_len - 1, and a tile sees a stretch of it.
+
+    Full tiles start at multiples of the greatest common divisor of the tile's sides; the tiles of the last row and
+    column, if they stick out, see shorter stretches and come behind: full tiles | last row | last column | corner.
+    """
+
+    def __init__(self, queries: Axis, keys: Axis):
+        assert queries.start is not None and keys.start is not None, "both sides are runs"
+        self.rows, self.columns = queries, keys
+        self.full_rows, self.rest_rows = divmod(queries.length, queries.tile)
+        self.full_columns, self.rest_columns = divmod(keys.length, keys.tile)
+        self.step = math.gcd(queries.tile, keys.tile)
+        line = torch.arange(queries.length + keys.length - 1, device=queries.values.device) - (keys.length - 1)
+        self.values = (line + (queries.start - keys.start)[:, None])[:, None]
+
+    def extremes(self, values: Tensor) -> Bounds:
+        """The least and the greatest in each stretch of values [batch | 1, heads | 1, q_len + kv_len - 1]."""
+        parts = list(filter(None, (self._stretches(values, *stretch) for stretch in self._layout())))
+        return torch.cat([low for low, _ in parts], -1), torch.cat([high for _, high in parts], -1)
+
+    def _layout(self) -> list[tuple[int, int, int, int]]:
+        """(first start, length, step, count) of each part. Key tiles run backwards: later keys are smaller differences."""
+        rows, columns = self.rows.tile, self.columns.tile
+        last_row = self.full_rows * rows
+        full = (self.full_rows - 1) * rows + (self.full_columns - 1) * columns
+        has_row, has_column = self.rest_rows > 0, self.rest_columns > 0
+        return [
+            (self.rest_columns, rows + columns - 1, self.step, self._full_count(full)),
+            (last_row + self.rest_columns, self.rest_rows + columns - 1, columns, has_row * self.full_columns),
+            (0, rows + self.rest_columns - 1, rows, has_column * self.full_rows),
+            (last_row, self.rest_rows + self.rest_columns - 1, 1, has_row * has_column),
+        ]
+
+    def _full_count(self, span: int) -> int:
+        return span // self.step + 1 if self.full_rows and self.full_columns else 0
+
+    @staticmethod
+    def _stretches(values: Tensor, start: int, length: int, step: int, count: int) -> Bounds | None:
+        if not count:
+            return None
+        stretches = values[..., start : start + length + step * (count - 1)].unfold(-1, length, step)
+        return stretches.amin(-1), stretches.amax(-1)
+
+    def index(self, rows: Tensor) -> Tensor:
+        """Where the stretches of the tiles [rows, all columns] are among the extremes."""
+        x, y = rows[:, None], torch.arange(self.columns.count, device=rows.device)
+        _, (_, _, _, in_row), (_, _, _, in_column), _ = layout = self._layout()
+        full = layout[0][3]
+        full_row, full_column = x < self.full_rows, y < self.full_columns
+        backwards = self.full_columns - 1 - y
+        inside = (x * self.rows.tile + backwards * self.columns.tile) // self.step
+        last_row, last_column, corner = full + backwards, full + in_row + x, full + in_row + in_column
+        at_end = torch.where(full_row, last_column, corner)
+        return torch.where(full_column, torch.where(full_row, inside, last_row), at_end)
+
+
+class Classifier:
+    """Bounds of the nodes of one program over the tiles of one pair of axes.
+
+    A reader maps a slice of tile rows to a node's bounds there, [batch | 1, heads | 1, rows | 1, columns | 1].
+    """
+
+    def __init__(self, program: Program, queries: Axis, keys: Axis, batch: int, heads: int, operands: Mapping[str, Tensor]):
+        self.program, self.queries, self.keys, self.operands = program, queries, keys, operands
+        self.nodes = program.graph.nodes
+        self.device = queries.values.device
+        runs = queries.start is not None and keys.start is not None and queries.length > 0 and keys.length > 0
+        self.differences = Differences(queries, keys) if runs else None
+        self.inputs = {
+            "b": torch.arange(batch, device=self.device).view(-1, 1, 1),
+            "h": torch.arange(heads, device=self.device).view(1, -1, 1),
+            "i": queries.values,
+            "j": keys.values,
+        }
+        if self.differences is not None:
+            self.inputs["d"] = self.differences.values
+        assert program.graph.mask is not None, "a program without a mask has no tiles to tell apart"
+        self.root = program.graph.mask
+        leaves = frozenset(k for k in range(self.root + 1) if self._is_leaf(k))
+        self.steps = schedule(self.nodes, self.root, leaves)
+        self.readers = {k: self._reader(k) for k, _ in self.steps if k in leaves}
+        self.sets = {k: found for k, _ in self.steps if k not in leaves and (found := self._value_sets(k)) is not None}
+
+    def positions_of(self, index: int) -> frozenset[str]:
+        return self.nodes[index].depends - {"b", "h"}
+
+    def _is_leaf(self, index: int) -> bool:
+        positions = self.positions_of(index)
+        exact = {"i", "j"} if self.differences is None else {"i", "j", "d"}
+        return self.nodes[index].op == "input" or len(positions) <= 1 and positions <= exact
+
+    def _evaluate(self, index: int) -> Any:
+        return self.program.evaluate(index, self.inputs, self.operands)
+
+    def _reader(self, index: int) -> Callable[[slice], Bounds]:
+        """Of a node that is known exactly: it depends on one of i, j and i - j, or on none of them."""
+        positions = self.positions_of(index)
+        if positions == {"d"} and self.differences is None:
+            return self._difference_bounds
+        value = self._evaluate(index)
+        if not positions:
+            low, high = _constant(value, self.device)
+            return lambda rows: (low[..., None], high[..., None])
+        if positions == {"i"}:
+            low, high = known(*self.queries.extremes(value))
+            return lambda rows: (low[..., rows, None], high[..., rows, None])
+        if positions == {"j"}:
+            low, high = known(*self.keys.extremes(value))
+            return lambda rows: (low[..., None, :], high[..., None, :])
+        differences = self.differences
+        assert differences is not None, "i - j is exact for runs alone"
+        low, high = known(*differences.extremes(value))
+
+        def read(rows: slice) -> Bounds:
+            index = differences.index(torch.arange(rows.start, rows.stop, device=self.device))
+            return low[..., index], high[..., index]
+
+        return read
+
+    def _difference_bounds(self, rows: slice) -> Bounds:
+        i, j = self.queries, self.keys
+        return (
+            i.low[..., rows, None] - j.high[..., None, :],
+            i.high[..., rows, None] - j.low[..., None, :],
+        )
+
+    def _value_sets(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """For x(i) == y(j): which of the hashed values each tile of queries and of keys holds."""
+        node = self.nodes[index]
+        if node.op != "eq" or any(self.nodes[a].kind != "i" for a in node.args):
+            return None
+        sides = {self.positions_of(a): a for a in node.args}
+        if sides.keys() != {frozenset("i"), frozenset("j")}:
+            return None
+        x, y = sides[frozenset("i")], sides[frozenset("j")]
+        return self._hashed(x, self.queries), self._hashed(y, self.keys)
+
+    def _hashed(self, index: int, axis: Axis) -> Tensor:
+        value = self._evaluate(index)
+        bins = ((value ^ (value >> 7) ^ (value >> 14)) % BINS).unflatten(-1, (axis.count, axis.tile))
+        return torch.zeros(*bins.shape[:-1], BINS, device=self.device).scatter_(-1, bins, 1.0)
+
+    def bounds(self, rows: slice) -> Bounds:
+        """Of the mask, over the tiles of some rows: certainly true, possibly true."""
+        values: dict[int, Bounds] = {}
+        for index, dead in self.steps:
+            values[index] = self._bounds(index, rows, values)
+            for other in dead:
+                del values[other]
+        return values[self.root]
+
+    def _bounds(self, index: int, rows: slice, values: dict[int, Bounds]) -> Bounds:
+        if index in self.readers:
+            return self.readers[index](rows)
+        node = self.nodes[index]
+        operands = [values[a] for a in node.args]
+        if node.op == "load":
+            return self._load_bounds(node.payload, operands)
+        low, high = interval_of(node.op, node.kind, operands)
+        if index in self.sets:
+            x, y = self.sets[index]
+            high = high & (x[..., rows, :] @ y.mT > 0)
+        return low, high
+
+    def _load_bounds(self, payload: int | str, indices: list[Bounds]) -> Bounds:
+        """Exact where each index is one of a few values, the extremes of the whole tensor elsewhere."""
+        table = self.program.source(payload, self.operands).to(self.device)
+        table = table if table.dtype == torch.bool or table.is_floating_point() else table.long()
+        firsts, lasts = [], []
+        few = torch.ones((), dtype=torch.bool, device=self.device)
+        for (low, high), size in zip(indices, table.shape, strict=True):
+            # Both ends of a range that wraps would be exchanged: what may be negative and may be not is unknown.
+            few = few & (high - low < SPAN) & ((low >= 0) | (high < 0))
+            firsts.append(_wrapped(low, size))
+            lasts.append(_wrapped(high, size))
+        least, greatest = None, None
+        for k in range(SPAN ** len(firsts)):
+            steps = (k // SPAN**dim % SPAN for dim in range(len(firsts)))
+            at = [torch.minimum(low + step, high) for low, high, step in zip(firsts, lasts, steps, strict=True)]
+            value = table[tuple(at)]
+            least = value if least is None else torch.minimum(least, value)
+            greatest = value if greatest is None else torch.maximum(greatest, value)
+        assert least is not None and greatest is not None
+        return known(torch.where(few, least, table.amin()), torch.where(few, greatest, table.amax()))
+
+
+def _wrapped(index: Tensor, size: int) -> Tensor:
+    return torch.where(index < 0, index + size, index).clamp(0, size - 1)
+
+
+def _constant(value: Any, device: torch.device) -> Bounds:
+    """Of what depends on no position. Python floats may be rounded to float32 where they meet a tensor."""
+    if isinstance(value, Tensor):
+        return known(value, value)
+    if isinstance(value, float):
+        exact, rounded = torch.tensor(value, dtype=torch.float64), torch.tensor(value, dtype=torch.float32)
+        return known(torch.minimum(exact, rounded).to(device), torch.maximum(exact, rounded).to(device))
+    value = torch.tensor(value, device=device)
+    return value, value
+
+
+def classify(
+    program: Program,
+    i: Tensor | range,
+    j: Tensor | range,
+    tile: tuple[int, int],
+    batch: int,
+    heads: int,
+    operands: Mapping[str, Tensor],
+) -> Tensor:
+    """See Program.tiles."""
+    device = next((x.device for x in (i, j, *operands.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+    queries, keys = Axis(i, tile[0], device), Axis(j, tile[1], device)
+    per_row = max(queries.values.shape[0], keys.values.shape[0])
+    if batch not in (1, per_row) and per_row != 1:
+        raise ValueError(f"positions of {per_row} rows for a batch of {batch}")
+    batch = max(batch, per_row)
+    depends = program.mask_depends
+    shape = batch if "b" in depends or per_row > 1 else 1, heads if "h" in depends else 1
+    result = torch.full((*shape, queries.count, keys.count), FULL, dtype=torch.uint8, device=device)
+    if not result.numel():
+        return result
+    classifier = Classifier(program, queries, keys, batch, heads, operands) if program.has_mask else None
+    size = max(1, CHUNK // (shape[0] * shape[1] * keys.count))
+    for start in range(0, queries.count, size):
+        rows = slice(start, min(start + size, queries.count))
+        chunk = result[:, :, rows]
+        if classifier is not None:
+            sure, possible = classifier.bounds(rows)
+            chunk.copy_(sure.to(torch.uint8) + possible.to(torch.uint8))
+        gaps = queries.gaps[..., rows, None] | keys.gaps[..., None, :]
+        void = queries.void[..., rows, None] | keys.void[..., None, :]
+        chunk.copy_(torch.where(void, EMPTY, torch.where(gaps, chunk.clamp(max=PARTIAL), chunk)))
+    return result

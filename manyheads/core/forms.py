@@ -1,0 +1,175 @@
+"""Forms: what a mechanism computes, as data. Mechanisms return forms, engines run them.
+
+A form holds functions and numbers, no tensors of the call and no state. Two forms are equal only if they are the
+same object; a mechanism returns the same object for the same settings, so engines may key compiled code on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from manyheads.core.expressions import Program, trace
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def inverse_sqrt(head_dim: int) -> float:
+    return head_dim**-0.5
+
+
+def one(head_dim: int) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """An input beside q, k and v. Declared once; test data, benchmark data and a layer's projection follow from it.
+
+    dims: names from `batch heads kv_heads len head_dim v_head_dim`, or numbers, separated by blanks. With `len` the
+        operand has a value for each token, and a layer projects it from x; without, it is a parameter of the layer.
+    activation: takes what a projection gives (any real number) to the operand's own range.
+    init: fills a layer's parameter in place (operands without `len`); zeros if absent.
+    """
+
+    dims: str
+    activation: Callable[[Tensor], Tensor] = identity
+    init: Callable[[Tensor], object] = torch.Tensor.zero_
+
+    def __post_init__(self) -> None:
+        if self.per_token and self.names[0] != "batch":
+            raise ValueError(f"an operand with len has batch in front, as rows differ in length; not {self.dims!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.dims.split())
+
+    @property
+    def per_token(self) -> bool:
+        return "len" in self.names
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(int(name) if name.isdigit() else sizes[name] for name in self.names)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What a layer around the form does differently from one q, k, v projection per head of the model.
+
+    query_share: the share of the model's heads that keep a query projection (1 = all).
+    scores_from: "content", or "positions": q and k are projections of positional encodings, the same for every input.
+    """
+
+    query_share: float = 1.0
+    scores_from: Literal["content", "positions"] = "content"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Form:
+    """The one abstract level: what every form carries. default_scale: head_dim -> what multiplies q.k unless asked."""
+
+    operands: Mapping[str, Operand] = field(default_factory=dict)
+    projections: Projections = Projections()
+    default_scale: Callable[[int], float] = inverse_sqrt
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scores(Form):
+    """o_i = sum_j normalise_j(score(scale q_i.k_j)) v_j over the keys that mask lets query i see.
+
+    mask(b, h, i, j) -> bool and score(s, b, h, i, j) -> s are plain functions of batch, head and absolute query and
+    key position; operands follow j by name. normaliser: "softmax", or "signed" (sign(s) softmax(|s|)).
+    """
+
+    mask: Callable | None = None
+    score: Callable | None = None
+    normaliser: Literal["softmax", "signed"] = "softmax"
+
+    @cached_property
+    def program(self) -> Program:
+        declared = {name: (len(operand.names), "f") for name, operand in self.operands.items()}
+        return trace(mask=self.mask, score=self.score, operands=declared)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Lists of key blocks: `indices` [batch, heads, query blocks, n], of which the first `counts` [batch, heads,
+    query blocks] are meant, in ascending order."""
+
+    indices: Tensor
+    counts: Tensor
+
+    @classmethod
+    def from_map(cls, keep: Tensor) -> Blocks:
+        """From a boolean map [batch, heads, query blocks, key blocks]."""
+        counts = keep.sum(-1)
+        order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)
+        return cls(order[..., : int(counts.max()) if counts.numel() else 0], counts)
+
+    def to_map(self, key_blocks: int) -> Tensor:
+        """The boolean map [batch, heads, query blocks, key blocks] again."""
+        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        keep = torch.zeros(*self.counts.shape, key_blocks, dtype=torch.bool, device=self.indices.device)
+        return keep.scatter(-1, self.indices, listed)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection(Form):
+    """Scores over the key blocks that `select` chooses for each block of queries.
+
+    select(q, k, *, scale, offset) -> Blocks: q [batch, heads, q_len, head_dim] stands at positions offset,
+    offset + 1, ...; k [batch, kv_heads, kv_len, head_dim] at 0, 1, .... Block n of either side holds the positions
+    n * block to (n + 1) * block - 1, and the first listed query block is offset // query_block. No gradient flows
+    through the choice unless select lets it.
+    """
+
+    select: Callable[..., Blocks]
+    scores: Scores
+    query_block: int
+    key_block: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recurrence(Form):
+    """A state S [head_dim, v_head_dim] for each head, written by keys and values and read by queries.
+
+    S_t = decay_t S_{t-1} + write_t, o_t = S_t^T (scale q_t), with q, k after `query_feature`, `key_feature`.
+    decay: None; or a function (h, heads) -> log decay of each head, constant in time. An operand named `g` (log decay,
+        <= 0; "batch heads len" for one a step, with head_dim behind for one a channel) decays as well.
+    write: "add": k_t v_t^T. "delta": beta_t k_t (v_t - S'^T k_t)^T after the decay, with the operand `beta`.
+    causal: False reads the state after the last token for every query.
+    key_softmax: the keys' feature is a softmax over the tokens, channel by channel (needs causal=False).
+    """
+
+    query_feature: Callable[[Tensor], Tensor] = identity
+    key_feature: Callable[[Tensor], Tensor] = identity
+    decay: Callable[[Tensor, int], Tensor] | None = None
+    write: Literal["add", "delta"] = "add"
+    causal: bool = True
+    key_softmax: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sum(Form):
+    """o = sum of gate * part. gates: for each part the name of an operand "batch heads len", or None for 1."""
+
+    parts: tuple[Form, ...]
+    gates: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Function(Form):
+    """Anything else: forward(q, k, v, *, scale, **operands) -> o. Runs eagerly; torch.compile may be used on it.
+
+    query_context: how many queries before its own an output needs; a decoding step passes them along.
+    """
+
+    forward: Callable[..., Tensor]
+    query_context: int = 0

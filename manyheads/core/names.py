@@ -1,0 +1,12 @@
+"""Errors about names say what was given, what is nearest and what is allowed."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """One sentence for an unknown name."""
+    allowed = sorted(allowed)
+    near = get_close_matches(given, allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{given!r} is no {what}.{hint} Allowed: {', '.join(allowed) or 'none'}."

@@ -1,0 +1,165 @@
+"""Which keys a run of queries needs: from intervals and block lists, a chunk of queries at a time.
+
+Memory stays linear in length: a chunk's scores hold at most `elements` numbers, and no mask is built for tiles that are
+empty or full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyheads.core.expressions import EMPTY, FULL, Program
+from manyheads.core.forms import Blocks, Scores, Selection
+from manyheads.core.inputs import Inputs, Positions, as_rows
+
+KEY_TILE = 128
+QUERY_TILE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Queries `rows` need the keys `columns`; `allowed` [batch | 1, heads | 1, rows, columns], or None for all.
+
+    i [batch | 1, 1, rows, 1] and j [batch | 1, 1, 1, columns] are their positions.
+    """
+
+    rows: slice
+    columns: slice | Tensor
+    allowed: Tensor | None
+    i: Tensor
+    j: Tensor
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The chunk's keys or values of x [batch, kv_heads, kv_len, dim]."""
+        return x[:, :, self.columns] if isinstance(self.columns, slice) else x.index_select(2, self.columns)
+
+
+def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterator[Chunk]:
+    """Cut the queries into chunks and say which keys each needs. Chunks without any key are left out."""
+    scores = form.scores if isinstance(form, Selection) else form
+    program, device = scores.program, x.q.device
+    size = max(1, min(QUERY_TILE, elements // max(1, x.batch * x.heads * x.kv_len)))
+    q_rows, kv_rows = as_rows(x.q_positions, device), as_rows(x.kv_positions, device)
+    b = torch.arange(x.batch, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(x.heads, device=device).view(1, -1, 1, 1)
+    operands = position_operands(scores, x)
+    tiles = program.tiles(
+        x.q_positions, x.kv_positions, tile=(size, KEY_TILE), batch=x.batch, heads=x.heads, **operands
+    ).cpu()
+    chosen = _chosen(form, x) if isinstance(form, Selection) else None
+
+    for start in range(0, x.q_len, size):
+        rows = slice(start, min(start + size, x.q_len))
+        i, j = q_rows[:, None, rows, None], kv_rows[:, None, None, :]
+        row = tiles[:, :, start // size]
+        needed = (row != EMPTY).flatten(0, 1).any(0)
+        keep = None
+        if chosen is not None:
+            keep = chosen.rows(i)
+            needed = needed & chosen.tiles(keep)
+        columns = _columns(needed, x.kv_len, device)
+        if columns is None:
+            continue
+        j = j[..., columns]
+        full = bool((row[..., needed] == FULL).all())
+        allowed = None if full else _mask(program, b, h, i, j, operands)
+        if keep is not None:
+            picked = keep.gather(-1, (j // chosen.key_block).expand(*keep.shape[:-1], -1))
+            allowed = picked if allowed is None else allowed & picked
+        yield Chunk(rows, columns, allowed, i, j)
+
+
+def _mask(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: dict[str, Tensor]) -> Tensor:
+    """The mask over the heads and batches that it depends on; absent tokens see nothing and are not seen."""
+    depends = program.mask_depends
+    seen = program.mask(
+        b if "b" in depends or i.shape[0] > 1 else b[:1], h if "h" in depends else h[:, :1], i, j, **operands
+    )
+    return seen & (i >= 0) & (j >= 0)
+
+
+def score(form: Scores, s: Tensor, chunk: Chunk, operands: dict[str, Tensor]) -> Tensor:
+    """The form's score function on s [batch, heads, rows, columns] of a chunk."""
+    b = torch.arange(s.shape[0], device=s.device).view(-1, 1, 1, 1)
+    h = torch.arange(s.shape[1], device=s.device).view(1, -1, 1, 1)
+    return form.program.score(s, b, h, chunk.i, chunk.j, **operands)
+
+
+def position_operands(form: Scores, x: Inputs) -> dict[str, Tensor]:
+    """The operands that mask and score read, indexed by position: stored tokens are moved to where they stand."""
+    used = {name: x.operands[name] for name in form.program.operand_names}
+    if isinstance(x.kv_positions, range) and x.kv_positions.start == 0:
+        return used
+    kv = as_rows(x.kv_positions, x.k.device)
+    return {name: _by_position(value, form.operands[name].names, kv) for name, value in used.items()}
+
+
+def _by_position(value: Tensor, names: tuple[str, ...], positions: Tensor) -> Tensor:
+    if "len" not in names:
+        return value
+    dim = names.index("len")
+    length = int(positions.max()) + 1
+    shape = [1] * value.ndim
+    shape[0], shape[dim] = positions.shape[0], positions.shape[1]
+    # Absent tokens (-1) land in a slot of their own behind the last one, which is cut off again.
+    at = torch.where(positions < 0, length, positions).view(shape).expand(value.shape)
+    return value.new_zeros(*value.shape[:dim], length + 1, *value.shape[dim + 1 :]).scatter(dim, at, value).narrow(
+        dim, 0, length
+    )
+
+
+def _columns(needed: Tensor, kv_len: int, device: torch.device) -> slice | Tensor | None:
+    """The keys of the needed tiles: a slice if they are one run, else their indices; None if there are none."""
+    at = needed.nonzero().flatten()
+    if not len(at):
+        return None
+    first, last = int(at[0]), int(at[-1])
+    if last - first + 1 == len(at):
+        return slice(first * KEY_TILE, min((last + 1) * KEY_TILE, kv_len))
+    index = (at[:, None] * KEY_TILE + torch.arange(KEY_TILE)).flatten()
+    return index[index < kv_len].to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """A selection's block lists as maps, one chunk of queries at a time."""
+
+    blocks: Tensor  # bool [batch, heads, query blocks, key blocks]
+    first: int
+    query_block: int
+    key_block: int
+    kv_len: int
+
+    def rows(self, i: Tensor) -> Tensor:
+        """bool [batch, heads, rows, key blocks] of the queries at positions i [1, 1, rows, 1]."""
+        return self.blocks[:, :, (i.flatten() // self.query_block) - self.first]
+
+    def tiles(self, keep: Tensor) -> Tensor:
+        """Which key tiles hold a key of a chosen block."""
+        blocks = keep.flatten(0, 2).any(0).cpu()
+        keys = blocks[torch.arange(self.kv_len) // self.key_block]
+        padded = torch.nn.functional.pad(keys, (0, -self.kv_len % KEY_TILE))
+        return padded.view(-1, KEY_TILE).any(-1)
+
+
+def choose(form: Selection, x: Inputs) -> Blocks:
+    """Run a form's choice. Rows are whole: keys stand at 0, 1, ..., queries at the end."""
+    return form.select(x.q, x.k, scale=x.scale, offset=_start(x.q_positions))
+
+
+def _start(positions: Positions) -> int:
+    if not isinstance(positions, range):
+        raise TypeError("a selection is run row by row, over positions that are a range")
+    return positions.start
+
+
+def _chosen(form: Selection, x: Inputs) -> _Chosen:
+    key_blocks = -(-x.kv_len // form.key_block)
+    return _Chosen(
+        choose(form, x).to_map(key_blocks), _start(x.q_positions) // form.query_block,
+        form.query_block, form.key_block, x.kv_len,
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""attention: one function for every mechanism. The first engine with no objection runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from manyheads.core.checks import build_inputs
+from manyheads.core.forms import Form, Function, Recurrence, Sum
+from manyheads.core.inputs import Inputs
+from manyheads.core.mechanism import Mechanism
+from manyheads.core.names import unknown
+from manyheads.core.rows import run_rows, whole_rows_only
+from manyheads.mechanisms import get
+
+ENGINES = ("sdpa", "flex", "eager")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine would run, and why the others would not."""
+
+    engine: str
+    objections: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.engine} runs it"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.objections.items()])
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Form = "causal",
+    *,
+    engine: str = "auto",
+    scale: float | None = None,
+    q_positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
+    state: Tensor | None = None,
+    return_lse: bool = False,
+    return_state: bool = False,
+    **settings_and_operands: Any,
+) -> Any:
+    """Attention by any mechanism.
+
+    q: [batch, heads, q_len, head_dim]; k: [batch, kv_heads, kv_len, head_dim]; v: [batch, kv_heads, kv_len,
+        v_head_dim]; one floating dtype, one device; kv_heads divides heads, and shared heads are not repeated.
+    mechanism: a name (`manyheads.names()`) or a form. Its settings and operands are keyword arguments here.
+    engine: "auto" takes the first engine with no objection (`explain` says which); a named one never falls back.
+    scale: multiplies q.k; 1 / sqrt(head_dim) unless the mechanism says otherwise.
+    q_positions, kv_positions: int64 [batch, len] (or [len]), where each token stands; -1 marks one that is absent (padding,
+        a free slot). Without them queries and keys end at the same position. Absent queries give 0.
+    state: what an earlier call of a recurrent mechanism returned.
+
+    Returns o [batch, heads, q_len, v_head_dim] in q's dtype; with return_lse (o, lse [batch, heads, q_len]), the natural
+    logarithm of the sum over the keys of exp(score); with return_state (o, state). A query that sees no key has o = 0
+    and lse = -inf.
+
+    Raises TypeError or ValueError, in one sentence, for what does not fit.
+    """
+    form, operands = _form(mechanism, settings_and_operands)
+    x = build_inputs(form, q, k, v, scale, q_positions, kv_positions, state, operands)
+    if return_lse and return_state:
+        raise ValueError("return_lse and return_state exclude each other: scores have an lse, recurrences a state")
+    if return_state and not isinstance(form, Recurrence):
+        raise ValueError(f"return_state is for recurrent mechanisms; this one is a {type(form).__name__}")
+    if return_lse and isinstance(form, Recurrence | Function | Sum):
+        raise ValueError(f"return_lse is for mechanisms with a softmax; this one is a {type(form).__name__}")
+    chosen = _choose(form, x, engine, return_lse)
+    run = _load(chosen.engine).run
+    o, second = run_rows(run, form, x) if x.ragged and whole_rows_only(form) else run(form, x)
+    return (o, second) if return_lse or return_state else o
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Form = "causal", *, engine: str = "auto", return_lse: bool = False,
+    scale: float | None = None, q_positions: Tensor | None = None, kv_positions: Tensor | None = None,
+    state: Tensor | None = None, **settings_and_operands: Any,
+) -> Explanation:  # fmt: skip
+    """Which engine `attention` would take for these arguments, and why the others would not run."""
+    form, operands = _form(mechanism, settings_and_operands)
+    x = build_inputs(form, q, k, v, scale, q_positions, kv_positions, state, operands)
+    return _choose(form, x, engine, return_lse)
+
+
+def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation:
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
+    objections: dict[str, str] = {}
+    for name in ENGINES if engine == "auto" else (engine,):
+        module = _load(name)
+        why = module.why_not(form, x)
+        if why is None and return_lse and not module.GIVES_LSE:
+            why = "it does not return the lse"
+        if why is None and engine == "auto":
+            why = module.hesitates(form, x)
+        if why is None:
+            return Explanation(name, objections)
+        objections[name] = why
+    reasons = "; ".join(f"{name}: {why}" for name, why in objections.items())
+    raise ValueError(f"no engine runs this: {reasons}. Take engine='auto' to let another one run.")
+
+
+def _load(name: str) -> ModuleType:
+    return import_module(f"manyheads.engines.{name}")
+
+
+
+def _form(mechanism: str | Form | Mechanism, given: dict[str, Any]) -> tuple[Form, dict[str, Tensor]]:
+    """Split keyword arguments into a mechanism's settings and its form's operands."""
+    if isinstance(mechanism, Form):
+        form, rest, label = mechanism, given, "this form"
+        settings: dict[str, Any] = {}
+    else:
+        found = get(mechanism) if isinstance(mechanism, str) else mechanism
+        if not isinstance(found, Mechanism):
+            raise TypeError(f"mechanism must be a name or a form, not {type(mechanism).__name__}")
+        settings = {name: value for name, value in given.items() if name in found.settings}
+        form, label = found(**settings), found.name
+        rest = {name: value for name, value in given.items() if name not in settings}
+    for name in rest:
+        if name not in form.operands:
+            allowed = (*form.operands, *(() if isinstance(mechanism, Form) else get(label).settings))
+            raise TypeError(unknown(f"setting or operand of {label}", name, allowed))
+    missing = [f"{name} [{operand.dims}]" for name, operand in form.operands.items() if name not in rest]
+    if missing:
+        raise TypeError(f"{label} also needs {', '.join(missing)}, as keyword arguments")
+    return form, rest

@@ -1,0 +1,80 @@
+"""torch's scaled_dot_product_attention, over the keys that intervals and block lists leave.
+
+Grouped heads are folded into the queries instead of repeating keys; a mask is built for partial tiles only, a chunk of
+queries at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from manyheads.core.forms import Form, Scores, Selection
+from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import Chunk, chunks
+
+GIVES_LSE = False
+
+
+def why_not(form: Form, x: Inputs) -> str | None:
+    inner = form.scores if isinstance(form, Selection) else form
+    if not isinstance(inner, Scores):
+        return f"scaled_dot_product_attention has no {type(form).__name__}"
+    if inner.program.has_score:
+        return "scaled_dot_product_attention takes no score function"
+    if inner.normaliser != "softmax":
+        return f"scaled_dot_product_attention has no {inner.normaliser!r} normaliser"
+    return None
+
+
+def hesitates(form: Form, x: Inputs) -> str | None:
+    return None
+
+
+def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
+    """(o, None): scaled_dot_product_attention keeps its lse to itself."""
+    assert isinstance(form, Scores | Selection), "why_not said so"
+    if isinstance(form, Scores) and _plain_causal(form, x):
+        return _grouped(x, is_causal=True), None
+    if isinstance(form, Scores) and not form.program.has_mask and not x.ragged:
+        return _grouped(x, is_causal=False), None
+    o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
+    for chunk in chunks(form, x):
+        o[:, :, chunk.rows] = _folded(x, chunk)
+    return o, None
+
+
+def _plain_causal(form: Scores, x: Inputs) -> bool:
+    """torch's own causal kernel: square, and every row whole."""
+    return form.program.key == _CAUSAL.program.key and not x.ragged and x.q_len == x.kv_len
+
+
+def _grouped(x: Inputs, is_causal: bool) -> Tensor:
+    shared = x.heads != x.kv_heads
+    return scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale, is_causal=is_causal, enable_gqa=shared)
+
+
+def _folded(x: Inputs, chunk: Chunk) -> Tensor:
+    """The queries of a group stand one below the other before the head they share."""
+    q = x.q[:, :, chunk.rows]
+    batch, heads, rows, _ = q.shape
+    group = heads // x.kv_heads
+    allowed = chunk.allowed
+    seen = None
+    if allowed is not None:
+        # A row that sees no key would be NaN, or a mean, depending on torch's kernel: let it see all, then zero it.
+        seen = allowed.any(-1, keepdim=True)
+        allowed = allowed | ~seen
+        if allowed.shape[1] == 1:
+            allowed = allowed.expand(-1, group, -1, -1).reshape(allowed.shape[0], 1, group * rows, -1)
+        else:
+            allowed = allowed.reshape(allowed.shape[0], x.kv_heads, group * rows, -1)
+    o = scaled_dot_product_attention(
+        q.reshape(batch, x.kv_heads, group * rows, -1), chunk.pick(x.k), chunk.pick(x.v), allowed, scale=x.scale
+    )
+    o = o.reshape(batch, heads, rows, -1)
+    return o if seen is None else torch.where(seen, o, 0.0)
+
+
+_CAUSAL = Scores(mask=lambda b, h, i, j: j <= i)

@@ -1,0 +1,1 @@
+"""Dense: every query scores every key it may see."""

@@ -1,0 +1,1 @@
+"""Heads: how many heads there are, and what they share."""

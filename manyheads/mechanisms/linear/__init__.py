@@ -1,0 +1,1 @@
+"""Linear: a state instead of a cache, or a few templates instead of all keys."""

@@ -1,0 +1,1 @@
+"""Sparse: fixed or chosen subsets of the keys."""

@@ -1,0 +1,142 @@
+"""The layer: projections, rotary positions and operands around any mechanism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.core.forms import Form, Operand
+from manyheads.core.names import unknown
+from manyheads.dispatch import attention
+from manyheads.mechanisms import get
+
+
+class Attention(nn.Module):
+    """Attention over x [batch, len, dim] by any mechanism, ready to train.
+
+    dim: width of x. heads: heads of the model; kv_heads (default heads): heads of k and v.
+    mechanism: a name; its settings are keyword arguments. Each operand that its form declares gets a projection from x
+        (or a parameter, if it has no value per token).
+    head_dim: default dim // heads. rope: rotary positions with base rope_theta, or None for none.
+    max_len: needed by mechanisms whose scores come from positions: the longest input.
+    engine: as in `manyheads.attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mechanism: str = "causal",
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        rope_theta: float | None = 10000.0,
+        max_len: int | None = None,
+        engine: str = "auto",
+        **settings: Any,
+    ):
+        super().__init__()
+        found = get(mechanism)
+        for name in settings:
+            if name not in found.settings:
+                raise TypeError(unknown(f"setting of {mechanism} or argument of Attention", name, found.settings))
+        self.form: Form = found(**settings)
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}; give head_dim")
+        self.head_dim = head_dim or dim // heads
+        self.heads = max(1, round(heads * self.form.projections.query_share))
+        self.kv_heads = kv_heads or self.heads
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} must divide the {self.heads} query heads of {mechanism}")
+        self.by_position = self.form.projections.scores_from == "positions"
+        self.mechanism, self.engine = mechanism, engine
+        self.rope_theta = None if self.by_position else rope_theta
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; or rope_theta=None")
+        if self.by_position:
+            if max_len is None:
+                raise ValueError(f"{mechanism} scores positions, so it needs max_len, the longest input")
+            # One-hot encodings times a projection: a row of the projection for each position.
+            self.q_position = nn.Parameter(torch.randn(max_len, self.heads * self.head_dim) * self.head_dim**-0.25)
+            self.k_position = nn.Parameter(torch.randn(max_len, self.kv_heads * self.head_dim) * self.head_dim**-0.25)
+        else:
+            self.q = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
+            self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.o = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "v_head_dim": self.head_dim}
+        self.operands = nn.ModuleDict({n: OperandSource(o, dim, sizes) for n, o in self.form.operands.items()})
+
+    def forward(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
+        """x [batch, len, dim]; present: bool [batch, len], False where a row is padding. Returns [batch, len, dim]."""
+        batch, length, _ = x.shape
+        positions = None if present is None else torch.where(present, present.cumsum(1) - 1, -1)
+        if self.by_position:
+            q, k = self._from_positions(x, positions)
+        else:
+            at = torch.arange(length, device=x.device)[None] if positions is None else positions
+            q, k = self._split(self.q(x), self.heads), self._split(self.k(x), self.kv_heads)
+            if self.rope_theta is not None:
+                q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
+        o = attention(
+            q, k, self._split(self.v(x), self.kv_heads), self.form, engine=self.engine,
+            q_positions=positions, kv_positions=positions, **{n: source(x) for n, source in self.operands.items()},
+        )  # fmt: skip
+        return self.o(o.transpose(1, 2).reshape(batch, length, -1))
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def _from_positions(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch, length, _ = x.shape
+        if length > len(self.q_position):
+            raise ValueError(f"x has {length} tokens, more than max_len {len(self.q_position)}")
+        if positions is None:
+            q, k = (p[:length].expand(batch, -1, -1) for p in (self.q_position, self.k_position))
+        else:
+            q, k = (p[positions.clamp(min=0)] for p in (self.q_position, self.k_position))
+        return self._split(q.to(x.dtype), self.heads), self._split(k.to(x.dtype), self.kv_heads)
+
+    def extra_repr(self) -> str:
+        return f"{self.mechanism}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
+
+
+class OperandSource(nn.Module):
+    """Where a layer's operand comes from: a projection of x that starts at 0, or a parameter."""
+
+    def __init__(self, operand: Operand, dim: int, sizes: dict[str, int]):
+        super().__init__()
+        self.operand = operand
+        inner = tuple(n for n in operand.names if n not in ("batch", "len"))
+        self.inner = tuple(int(n) if n.isdigit() else sizes[n] for n in inner)
+        if operand.per_token:
+            # Zeros: the operand starts as what its activation makes of 0, the same for every token.
+            self.weight = nn.Linear(dim, max(1, int(torch.tensor(self.inner).prod())))
+            nn.init.zeros_(self.weight.weight)
+            nn.init.zeros_(self.weight.bias)
+        else:
+            self.weight = nn.Parameter(torch.empty(self.inner))
+            with torch.no_grad():
+                operand.init(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The operand for x [batch, len, dim], in its declared order of dimensions."""
+        if isinstance(self.weight, nn.Parameter):
+            return self.operand.activation(self.weight)
+        raw = self.weight(x)
+        raw = raw.unflatten(-1, self.inner) if self.inner else raw.squeeze(-1)
+        have = ["batch", "len", *(n for n in self.operand.names if n not in ("batch", "len"))]
+        return self.operand.activation(raw.permute([have.index(n) for n in self.operand.names]))
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on x [batch, heads, len, head_dim], halves as pairs."""
+    half = x.shape[-1] // 2
+    speed = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None, :, None].float() * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
