@@ -54,13 +54,13 @@ def attention(
     mechanism: a name (`manyheads.names()`) or a form. Its settings and operands are keyword arguments here.
     engine: "auto" takes the first engine with no objection (`explain` says which); a named one never falls back.
     scale: multiplies q.k; 1 / sqrt(head_dim) unless the mechanism says otherwise.
-    q_positions, kv_positions: int64 [batch, len] (or [len]), where each token stands; -1 marks one that is absent (padding,
-        a free slot). Without them queries and keys end at the same position. Absent queries give 0.
+    q_positions, kv_positions: int64 [batch, len] (or [len]), where each token stands; -1 marks one that is absent
+        (padding, a free slot). Without them queries and keys end at the same position. Absent queries give 0.
     state: what an earlier call of a recurrent mechanism returned.
 
-    Returns o [batch, heads, q_len, v_head_dim] in q's dtype; with return_lse (o, lse [batch, heads, q_len]), the natural
-    logarithm of the sum over the keys of exp(score); with return_state (o, state). A query that sees no key has o = 0
-    and lse = -inf.
+    Returns o [batch, heads, q_len, v_head_dim] in q's dtype; with return_lse (o, lse [batch, heads, q_len]), the
+    natural logarithm of the sum over the keys of exp(score); with return_state (o, state). A query that sees no key has
+    o = 0 and lse = -inf.
 
     Raises TypeError or ValueError, in one sentence, for what does not fit.
     """
@@ -79,8 +79,8 @@ def attention(
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Form = "causal", *, engine: str = "auto", return_lse: bool = False,
-    scale: float | None = None, q_positions: Tensor | None = None, kv_positions: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Form = "causal", *, engine: str = "auto",
+    return_lse: bool = False, scale: float | None = None, q_positions: Tensor | None = None, kv_positions: Tensor | None = None,
     state: Tensor | None = None, **settings_and_operands: Any,
 ) -> Explanation:  # fmt: skip
     """Which engine `attention` would take for these arguments, and why the others would not run."""
@@ -95,9 +95,7 @@ def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation
     objections: dict[str, str] = {}
     for name in ENGINES if engine == "auto" else (engine,):
         module = _load(name)
-        why = module.why_not(form, x)
-        if why is None and return_lse and not module.GIVES_LSE:
-            why = "it does not return the lse"
+        why = module.why_not(form, x, return_lse)
         if why is None and engine == "auto":
             why = module.hesitates(form, x)
         if why is None:
@@ -109,7 +107,6 @@ def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation
 
 def _load(name: str) -> ModuleType:
     return import_module(f"manyheads.engines.{name}")
-
 
 
 def _form(mechanism: str | Form | Mechanism, given: dict[str, Any]) -> tuple[Form, dict[str, Tensor]]:

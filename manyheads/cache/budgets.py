@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,10 +19,13 @@ def per_layer(budget: Any, layers: int, least: int = 1) -> tuple[Budget, ...]:
     An integer counts tokens and must be at least `least`; a float is a share in (0, 1].
     Raises ValueError, in one sentence, for what is neither.
     """
-    if isinstance(budget, Sequence) and not isinstance(budget, str):
-        if len(budget) != layers:
-            raise ValueError(f"budget has {len(budget)} entries, but the policy is for {layers} layers: give one for each")
-        return tuple(_checked(one, least) for one in budget)
+    if isinstance(budget, Iterable) and not isinstance(budget, str):
+        each = tuple(_checked(one, least) for one in budget)
+        if len(each) != layers:
+            raise ValueError(
+                f"budget has {len(each)} entries, but the policy is for {layers} layers: give one for each"
+            )
+        return each
     return (_checked(budget, least),) * layers
 
 

@@ -1,4 +1,4 @@
-"""What a mechanism is made of: forms, operands, expressions, positions. Imports torch and nothing else of the package."""
+"""What a mechanism is made of: forms, operands, expressions, positions. Imports torch alone."""
 
 from manyheads.core.forms import Blocks, Form, Function, Operand, Projections, Recurrence, Scores, Selection, Sum, one
 from manyheads.core.mechanism import Law, Mechanism, mechanism

@@ -33,7 +33,7 @@ def build_inputs(
         raise ValueError(f"scale must be a finite number, not {scale!r}")
     if state is not None and not isinstance(form, Recurrence):
         raise ValueError(f"state is for recurrent mechanisms; this one is a {type(form).__name__}")
-    if state is not None and not form.causal:
+    if state is not None and isinstance(form, Recurrence) and not form.causal:
         raise ValueError("state is for causal recurrences; this one reads all tokens at once")
     default_q, default_kv = default_positions(q.shape[2], k.shape[2])
     if (q_positions is None) != (kv_positions is None):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from manyheads.core.forms import Form
 from manyheads.core.names import unknown
@@ -56,6 +56,11 @@ class Mechanism:
         """The settings and their defaults."""
         return {name: p.default for name, p in inspect.signature(self.factory).parameters.items()}
 
+    @cached_property
+    def _types(self) -> dict[str, Any]:
+        hints = get_type_hints(self.factory)
+        return {name: hints.get(name, object) for name in self.settings}
+
     @property
     def text(self) -> str:
         """The file's docstring: one sentence, the equation, the citation."""
@@ -66,14 +71,28 @@ class Mechanism:
         return self.text.split("\n\n")[0].replace("\n", " ")
 
     def __call__(self, **settings: Any) -> Form:
-        for name in settings:
+        for name, value in settings.items():
             if name not in self.settings:
                 raise TypeError(unknown(f"setting of {self.name}", name, self.settings))
+            if not _fits(value, self._types[name]):
+                raise TypeError(f"{name} of {self.name} must be {_written(self._types[name])}, not {value!r}")
         return self._form(tuple({**self.settings, **settings}.items()))
 
     @lru_cache(maxsize=256)  # noqa: B019  a mechanism lives as long as the process
     def _form(self, settings: tuple[tuple[str, Any], ...]) -> Form:
         return self.factory(**dict(settings))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a class, or several with | between them."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool):
+        return bool in kinds or object in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def _written(kind: Any) -> str:
+    return " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "None") for k in get_args(kind) or (kind,))
 
 
 def mechanism(

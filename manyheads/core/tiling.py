@@ -67,7 +67,7 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
         j = j[..., columns]
         full = bool((row[..., needed] == FULL).all())
         allowed = None if full else _mask(program, b, h, i, j, operands)
-        if keep is not None:
+        if chosen is not None and keep is not None:
             picked = keep.gather(-1, (j // chosen.key_block).expand(*keep.shape[:-1], -1))
             allowed = picked if allowed is None else allowed & picked
         yield Chunk(rows, columns, allowed, i, j)
@@ -107,8 +107,10 @@ def _by_position(value: Tensor, names: tuple[str, ...], positions: Tensor) -> Te
     shape[0], shape[dim] = positions.shape[0], positions.shape[1]
     # Absent tokens (-1) land in a slot of their own behind the last one, which is cut off again.
     at = torch.where(positions < 0, length, positions).view(shape).expand(value.shape)
-    return value.new_zeros(*value.shape[:dim], length + 1, *value.shape[dim + 1 :]).scatter(dim, at, value).narrow(
-        dim, 0, length
+    return (
+        value.new_zeros(*value.shape[:dim], length + 1, *value.shape[dim + 1 :])
+        .scatter(dim, at, value)
+        .narrow(dim, 0, length)
     )
 
 

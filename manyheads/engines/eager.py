@@ -14,10 +14,8 @@ from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, 
 from manyheads.core.inputs import Inputs, as_rows
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
 
-GIVES_LSE = True
 
-
-def why_not(form: Form, x: Inputs) -> str | None:
+def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
     return None
 
 
@@ -33,6 +31,8 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
             return _recurrence(form, x)
         case Sum():
             return _sum(form, x), None
+        case Function() if not x.q_len or not x.kv_len:
+            return _nothing(x), None
         case Function():
             return form.forward(x.q, x.k, x.v, scale=x.scale, **x.operands), None
     raise TypeError(f"eager has no way to run a {type(form).__name__}")
@@ -55,13 +55,17 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
         rows.append(chunk.rows)
         parts.append(part)
     if not parts:
-        # Nothing is seen by anyone: zeros that still depend on the inputs, so that a backward pass finds its way.
-        return o + 0 * (x.q.sum() + x.k.sum() + x.v.sum()), lse
+        return _nothing(x), lse
     if again or len(parts) == 1:
         return _assemble(o, rows, [p[0] for p in parts], 2), _assemble(lse, rows, [p[1] for p in parts], 2)
     for at, (o_part, lse_part) in zip(rows, parts, strict=True):
         o[:, :, at], lse[:, :, at] = o_part, lse_part
     return o, lse
+
+
+def _nothing(x: Inputs) -> Tensor:
+    """Zeros where nobody sees anything. They still depend on the inputs, so that a backward pass finds its way."""
+    return x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim) + 0 * (x.q.sum() + x.k.sum() + x.v.sum())
 
 
 def _needs_grad(x: Inputs) -> bool:
@@ -123,9 +127,9 @@ def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
     if here is not None:  # an absent token writes nothing and lets nothing decay
         k, v = k * here, v * here
         g = None if g is None else g * here
+    outputs = []
     state = x.state.to(wide) if x.state is not None else q.new_zeros(x.batch, x.heads, k.shape[-1], x.v_head_dim)
     size = 16 if g is not None and g.shape[-1] > 1 else 64  # a vector decay holds size x size x head_dim numbers
-    outputs = []
     for start in range(0, x.kv_len, size):
         cut = slice(start, start + size)
         o, state = _step(
@@ -134,6 +138,8 @@ def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
             None if beta is None else beta[:, :, cut, None].to(wide), state, form.write,
         )  # fmt: skip
         outputs.append(o)
+    if not outputs:
+        return _nothing(x), state
     o = torch.cat(outputs, 2)[:, :, x.kv_len - x.q_len :]
     return _without_absent(o, x).to(x.q.dtype), state
 
@@ -160,6 +166,7 @@ def _step(
         q_in, k_in = q * total.exp(), k * total.exp()
         gone = k * (total[:, :, -1:] - total).exp()
     if write == "delta":
+        assert beta is not None, "a delta rule declares beta"
         # u_i = beta_i (v_i - S'^T k_i): each correction sees the ones before it, a unit lower triangular system.
         known = beta * (v - k_in @ state)
         lower = (beta * keys).tril(-1) + torch.eye(size, dtype=q.dtype, device=q.device)
@@ -191,7 +198,9 @@ def _present(x: Inputs) -> Tensor | None:
     """[batch, 1, kv_len, 1], 1 where a token is, or None if all are."""
     if isinstance(x.kv_positions, range):
         return None
-    return (as_rows(x.kv_positions, x.k.device) >= 0)[:, None, :, None].to(torch.promote_types(x.q.dtype, torch.float32))
+    return (as_rows(x.kv_positions, x.k.device) >= 0)[:, None, :, None].to(
+        torch.promote_types(x.q.dtype, torch.float32)
+    )
 
 
 def _without_absent(o: Tensor, x: Inputs) -> Tensor:

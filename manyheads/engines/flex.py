@@ -7,23 +7,22 @@ tensors inside the functions are arguments: a new window compiles nothing.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
+from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Number, Program
 from manyheads.core.forms import Form, Scores
 from manyheads.core.inputs import Inputs, as_rows
 from manyheads.core.tiling import position_operands
 
-GIVES_LSE = True
 TILE = 128
 
 
-def why_not(form: Form, x: Inputs) -> str | None:
+def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
     if not isinstance(form, Scores):
         return f"FlexAttention has no {type(form).__name__}"
     if form.normaliser != "softmax":
@@ -34,6 +33,8 @@ def why_not(form: Form, x: Inputs) -> str | None:
         return f"FlexAttention runs on CPUs and CUDA GPUs, not on {x.q.device.type}"
     if x.q.device.type == "cpu" and _needs_grad(x):
         return "FlexAttention has no backward on a CPU, and refuses inputs that require a gradient"
+    if x.q.device.type == "cpu" and lse:
+        return "FlexAttention does not return the lse on a CPU"
     if x.q.device.type == "cuda" and x.q.shape[3] < 16:
         return f"FlexAttention needs a head_dim of 16 or more on a GPU, not {x.q.shape[3]}"
     return None
@@ -47,8 +48,8 @@ def hesitates(form: Form, x: Inputs) -> str | None:
     return None
 
 
-def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
-    """(o, lse). The first call of a structure and shape compiles."""
+def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """(o, lse), or (o, None) on a CPU. The first call of a structure and shape compiles."""
     assert isinstance(form, Scores), "why_not said so"
     program, device = form.program, x.q.device
     operands = position_operands(form, x)
@@ -62,19 +63,21 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.to(device) for t in program.tensors)
     q_at, kv_at = as_rows(x.q_positions, device), as_rows(x.kv_positions, device)
     key = (program.key, x.q.shape, x.k.shape, x.v.shape, x.q.dtype, device, _needs_grad(x), tuple(operands))
-    attend = _compiled(key)
-    o, lse = attend(program, x.q, x.k, x.v, x.scale, q_at, kv_at, lists, numbers, tensors, operands)
-    seen = ~lse.isneginf()
-    return torch.where(seen[..., None], o, 0.0).to(x.q.dtype), lse
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile(program, lse=device.type == "cuda")
+    o, lse = _COMPILED[key](x.q, x.k, x.v, x.scale, q_at, kv_at, lists, numbers, tensors, operands)
+    if lse is not None:
+        o = torch.where(lse.isneginf()[..., None], 0.0, o)
+    return o.to(x.q.dtype), lse
 
 
 def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [batch, heads, query tiles] and indices [.., key tiles] of a boolean tile map, as FlexAttention has them."""
+    """Counts [batch, heads, query tiles] and indices [.., key tiles] of a tile map, as FlexAttention has them."""
     order = torch.argsort((~tiles).to(torch.uint8), dim=-1, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def _number_type(n: float | int) -> torch.dtype:
+def _number_type(n: Number) -> torch.dtype:
     return torch.float32 if isinstance(n, float) else torch.int64
 
 
@@ -82,17 +85,20 @@ def _needs_grad(x: Inputs) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v, *x.operands.values()))
 
 
-@cache
-def _compiled(key: tuple[Any, ...]) -> Any:
-    """_attend compiled for one structure and shape, as a function of its own: torch counts recompilations by code."""
-    own = FunctionType(_attend.__code__.replace(), _attend.__globals__, _attend.__name__, _attend.__defaults__)
+_COMPILED: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor | None]]] = {}
+
+
+def _compile(program: Program, lse: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """FlexAttention compiled for one structure. torch counts recompilations by code object: this one has its own, and
+    the structure is a default of it, since a partial would share torch's wrapper with all others."""
+    own = FunctionType(_attend.__code__.replace(), _attend.__globals__, _attend.__name__, (program, lse))
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 def _attend(
-    program: Program, q: Tensor, k: Tensor, v: Tensor, scale: float, q_at: Tensor, kv_at: Tensor,
-    lists: tuple[Tensor, ...], numbers: tuple[Tensor, ...], tensors: tuple[Tensor, ...], operands: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, scale: float, q_at: Tensor, kv_at: Tensor, lists: tuple[Tensor, ...],
+    numbers: tuple[Tensor, ...], tensors: tuple[Tensor, ...], operands: dict[str, Tensor], program: Program, lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     bound = program.rebind(numbers, tensors)
@@ -112,7 +118,8 @@ def _attend(
         lists[0], lists[1], lists[2], lists[3], BLOCK_SIZE=TILE, mask_mod=mask_mod,
         seq_lengths=(q.shape[2], k.shape[2]),
     )  # fmt: skip
-    return flex_attention(
+    found: Any = flex_attention(
         q, k, v, score_mod=score_mod if bound.has_score else None, block_mask=blocks, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
+        enable_gqa=q.shape[1] != k.shape[1], return_lse=lse,
     )  # fmt: skip
+    return found if lse else (found, None)

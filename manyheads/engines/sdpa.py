@@ -14,10 +14,10 @@ from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import Chunk, chunks
 
-GIVES_LSE = False
 
-
-def why_not(form: Form, x: Inputs) -> str | None:
+def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
+    if lse:
+        return "scaled_dot_product_attention keeps its lse to itself"
     inner = form.scores if isinstance(form, Selection) else form
     if not isinstance(inner, Scores):
         return f"scaled_dot_product_attention has no {type(form).__name__}"
@@ -42,6 +42,8 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     for chunk in chunks(form, x):
         o[:, :, chunk.rows] = _folded(x, chunk)
+    if torch.is_grad_enabled() and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
+        o = o + 0 * (x.q.sum() + x.k.sum() + x.v.sum())
     return o, None
 
 

@@ -160,10 +160,8 @@ def _measure_untrained(
     heads = max(1, round(q.shape[1] * form.projections.query_share))
     kv_heads = next(n for n in range(min(heads, k.shape[1]), 0, -1) if heads % n == 0)
     q, k = q[:, :heads], k[:, :kv_heads]
-    sizes = dict(
-        batch=1, heads=heads, kv_heads=kv_heads, len=k.shape[2], head_dim=q.shape[3], v_head_dim=q.shape[3]
-    )
-    operands = {
+    sizes = dict(batch=1, heads=heads, kv_heads=kv_heads, len=k.shape[2], head_dim=q.shape[3], v_head_dim=q.shape[3])
+    operands: dict[str, Any] = {
         name: operand.activation(torch.randn(operand.shape(sizes), generator=generator, device=q.device)).to(q.dtype)
         for name, operand in form.operands.items()
     }

@@ -169,9 +169,9 @@ def _check_settings(specs: Sequence[Spec], loaded: models.Loaded) -> None:
                 get(spec.name)(**spec.settings)
             elif spec.kind == "policy":
                 rest = {name: value for name, value in spec.settings.items() if name != "budget"}
-                policies.get(spec.name)(**rest)
+                least = policies.get(spec.name)(**rest).least
                 if "budget" in spec.settings:
-                    budgets.check(spec.settings["budget"], layers)
+                    budgets.per_layer(spec.settings["budget"], layers, least)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{spec}: {error}") from None
 
@@ -198,9 +198,10 @@ def _run(
             row, untrained = measure_row(spec)
             found["untrained" if untrained else "rows"].append(row)
             results.save(found, folder)
+    # Rows of an earlier run that were not asked for today stay, behind today's: they were measured alike.
     order = {spec: n for n, spec in enumerate(wanted)}
     for part in ("rows", "untrained"):
-        found[part] = sorted((r for r in found[part] if r["spec"] in order), key=lambda r: order[r["spec"]])
+        found[part].sort(key=lambda row: order.get(row["spec"], len(order)))
     found["complete"] = True
     results.save(found, folder)
     watch(Progress(found, "", "", steps, steps))

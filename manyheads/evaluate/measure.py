@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def against(model: Any, text: Text, hidden: Tensor, dense: Tensor, pieces: int =
     loss, kl = torch.cat(losses).double(), torch.cat(divergences).double()
     prompt = text.prompt.shape[1]
     cuts = [round(n * prompt / pieces) for n in range(pieces)] + list(range(prompt, len(tokens), CHUNK)) + [len(loss)]
-    spans = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    spans = [(a, b) for a, b in pairwise(cuts) if b > a]
     return {
         "perplexity": _exp(loss[prompt - 1 :].mean()),
         "by_position": [{"start": a, "end": b, "perplexity": _exp(loss[a:b].mean())} for a, b in spans],

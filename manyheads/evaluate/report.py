@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -24,9 +26,8 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 LABELS = {
     "freed": "What is dropped is really gone: the cache is smaller by the bytes shown.",
-    "masked": "What is dropped is only hidden from the queries and stays in memory: nothing is saved, so no saving and "
-    "no speed-up is claimed.",
-    "dense": "The whole cache is kept, as plain attention keeps it.",
+    "masked": "What is not looked at stays in memory all the same: no memory is saved and none is claimed.",
+    "dense": "The whole cache is kept and looked at, as plain attention does.",
     "simulated": "The effect on quality is real; the saving is computed, and would need code that this run did not use.",
 }
 
@@ -42,15 +43,19 @@ def write(results: Mapping[str, Any], path: str | Path) -> Path:
     return path
 
 
+def require() -> None:
+    """Raise if what the page is made with is not installed: better before a long run than after it."""
+    for package in ("jinja2", "plotly"):
+        if importlib.util.find_spec(package) is None:
+            raise ReportError(f'The page needs {package}, which is not installed: pip install "manyheads[report]".')
+
+
 def render(results: Mapping[str, Any]) -> str:
     """The page as text."""
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ReportError(
-            f'The page needs {error.name}, which is not installed: pip install "manyheads[report]".'
-        ) from None
+    require()
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -64,9 +69,8 @@ def render(results: Mapping[str, Any]) -> str:
 
 def view(results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template shows, in words and numbers that are ready to be shown."""
-    rows = _rows(results)
+    rows = table(results)
     done = [row for row in rows if not row["error"]]
-    untrained = [_untrained(row) for row in results.get("untrained") or []]
     complete = bool(results.get("complete", True))
     return {
         "answer": results.get("answer") or _no_answer(rows),
@@ -76,14 +80,14 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "text_name": (results.get("text") or {}).get("name") or "",
         "command": results.get("command") or "manyheads compare",
         "unfinished": None if complete else _unfinished(done, results),
-        "columns": _columns(rows),
+        "columns": [{"key": key, "head": head, "means": means} for key, head, means, _ in COLUMNS],
         "rows": rows,
         "labels": {name: LABELS[name] for name in LABELS if any(row["label"] == name for row in rows)},
         "charts": _charts(results, done),
         "tiles": [_tile(row) for row in done if row["raw"].get("tiles")],
         "winner": _winner(results, done),
         "others": [row for row in done if row["use"] and row["kind"] != "dense"],
-        "untrained": untrained,
+        "untrained": untrained(results),
         "run": _run(results),
         "method": _method(results),
         "notes": [(row["title"], note) for row in rows for note in row["notes"]],
@@ -93,8 +97,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
 # ---- rows ----
 
 
-def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows with their colour, marker and cells; dense first, for it is what the others are measured against."""
+def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the summary with their colour, marker and cells; dense first, for it is what the others are measured against."""
     raw = sorted(results.get("rows") or [], key=lambda row: row.get("kind") != "dense")
     names = [row.get("name") or row.get("id") or "?" for row in raw]
     rows, painted = [], 0
@@ -103,12 +107,14 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         number = 0 if dense else painted
         painted += not dense
         spec = row.get("spec") or name
+        title = _title(row, name, [other for other in raw if (other.get("name") or other.get("id") or "?") == name])
         rows.append(
             {
                 "raw": row,
                 "name": name,
                 "spec": spec,
-                "title": spec if names.count(name) > 1 else name,
+                "title": title,
+                "axis": _wrapped(title),
                 "settings": ", ".join(f"{k}={v!r}" for k, v in (row.get("settings") or {}).items()),
                 "kind": row.get("kind") or "mechanism",
                 "label": row.get("label") or "",
@@ -130,12 +136,32 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _title(row: Mapping[str, Any], name: str, namesakes: Sequence[Mapping[str, Any]]) -> str:
+    """The name; with the settings that tell it from others of the same name."""
+    own = row.get("settings") or {}
+    told = {k: v for k, v in own.items() if any((other.get("settings") or {}).get(k) != v for other in namesakes)}
+    return " ".join([name, ", ".join(f"{k}={v!r}" for k, v in told.items())]).strip()
+
+
+def _wrapped(title: str, width: int = 20) -> str:
+    """A title for an axis: lines of about `width` letters, the settings on lines of their own."""
+    lines: list[str] = []
+    for piece in title.split(" ", 1):
+        lines.append("")
+        for part in re.findall(r"[^ _]+[ _]*", piece):
+            if lines[-1] and len(lines[-1]) + len(part.strip()) > width:
+                lines.append("")
+            lines[-1] += part
+    return "<br>".join(_safe(line.strip()) for line in lines)
+
+
 def _values(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str, Any]:
     """The numbers of a row, None where there is none. Ratios are to the dense row of the same run."""
     raw, base = row["raw"], dense["raw"] if dense else {}
     perplexity = _number(_at(raw, "quality", "perplexity"))
     prefill, decode = _at(raw, "speed", "prefill_s"), _at(raw, "speed", "decode_tokens_per_s")
-    claims = row["label"] != "masked"
+    # A policy that only masks computes everything and then some; a mechanism that leaves keys unread is timed as it is.
+    claims = not (row["label"] == "masked" and row["kind"] == "policy")
     return {
         "density": _number(raw.get("density")),
         "perplexity": perplexity,
@@ -152,6 +178,7 @@ def _values(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str
             _number(_at(raw, "memory", "cache_bytes")), _number(_at(base, "memory", "cache_bytes"))
         ),
         "label": _at(raw, "memory", "label") or row["label"],
+        "claims": claims,
     }
 
 
@@ -165,10 +192,6 @@ COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("decode", "decoding", "Tokens a second after the prompt; median, and least to greatest; higher is better", "high"),
     ("cache", "cache", "Bytes of the cache after the prompt; 1 MB is 1,000,000 bytes; lower is better", "low"),
 )  # fmt: skip
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [{"key": key, "head": head, "means": means} for key, head, means, _ in COLUMNS]
 
 
 def _cells(rows: list[dict[str, Any]], complete: bool) -> None:
@@ -207,7 +230,7 @@ def _best(rows: Iterable[dict[str, Any]], key: str, better: str) -> list[dict[st
     """The best rows but dense, and those that the spread of their runs does not tell from the best. Speed and memory
     are only for rows that may claim them; if all are best, none is."""
     able = [row for row in rows if row["kind"] != "dense" and not row["error"] and row["values"][key] is not None]
-    able = [row for row in able if key not in ("prefill", "decode") or row["label"] != "masked"]
+    able = [row for row in able if key not in ("prefill", "decode") or row["values"]["claims"]]
     able = [row for row in able if key != "cache" or row["values"]["label"] == "freed"]
     if len(able) < 2:
         return []
@@ -242,6 +265,11 @@ def _saved(v: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     if v["label"] not in ("freed", "simulated"):
         return "as dense" if 0.99 < v["cache_share"] < 1.01 else f"{_percent(v['cache_share'])} of dense"
     return f"{_percent(v['cache_share'])} of dense" + (", computed" if v["label"] == "simulated" else "")
+
+
+def untrained(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of mechanisms that need training, with their cells."""
+    return [_untrained(row) for row in results.get("untrained") or []]
 
 
 def _untrained(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,55 +343,51 @@ def _trade(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[
                 points.append((row, x if isinstance(x, dict) else {"median": x, "min": x, "max": x}, y))
         figure = _go().Figure()
         if points:
-            _trade_figure(figure, points, title, unit, spread=key == "decode")
-        absent = [r["title"] for r in rows if r["label"] == "masked"] if key == "prefill_up" else []
-        note = f"Left out, because what is masked saves nothing: {', '.join(absent)}." if absent else ""
-        views.append(_view(label, figure, note, names=True, height=[440, 480]))
+            _trade_figure(figure, points, title, unit)
+        absent = [row["title"] for row in rows if row["label"] == "masked" and row["kind"] == "policy"]
+        absent = absent if key == "prefill_up" else []
+        note = f"Left out, because a policy that only masks saves nothing: {', '.join(absent)}." if absent else ""
+        views.append(_view(label, figure, note, names=True, height=[440, 460]))
     return views
 
 
-def _trade_figure(figure: Any, points: list[tuple[dict, dict, float]], title: str, unit: str, spread: bool) -> None:
-    top = max((row["values"]["cache"] or 0 for row, _, _ in points), default=0)
+def _trade_figure(figure: Any, points: list[tuple[dict, dict, float]], title: str, unit: str) -> None:
+    largest = max((row["values"]["cache"] or 0 for row, _, _ in points), default=0)
+    ratios = [y for _, _, y in points]
+    ceiling = _ceiling(ratios)
     for row, x, y in points:
         cache = row["values"]["cache"]
-        size = 11 if not cache or not top else 9 + 23 * math.sqrt(cache / top)  # the area grows with the bytes
-        hollow = row["label"] == "masked"
+        size = 10 if not cache or not largest else 8 + 18 * math.sqrt(cache / largest)  # the area grows with the bytes
+        hollow, beyond = row["label"] == "masked", y > ceiling
         figure.add_scatter(
             name=row["title"],
             x=[x["median"]],
-            y=[y],
+            y=[min(y, ceiling)],
+            meta=f" ↓ × {_ratio(y)}" if beyond else "",  # goes behind the name
             mode="markers",
             cliponaxis=False,
             marker={
                 "size": size,
                 "symbol": row["symbol"] + ("-open" if hollow else ""),
                 "color": row["colour"],
-                "opacity": 1 if hollow else 0.85,
+                "opacity": 1 if hollow else 0.9,
                 "line": {"width": 2 if hollow else 1, "color": row["colour"] if hollow else "var(--page)"},
             },
             error_x={
                 "type": "data", "symmetric": False, "array": [x["max"] - x["median"]],
-                "arrayminus": [x["median"] - x["min"]], "color": row["colour"], "thickness": 1, "width": 0,
-            } if spread else None,
+                "arrayminus": [x["median"] - x["min"]], "color": row["colour"], "thickness": 1, "width": 3,
+            },
             customdata=[[_ratio(x["median"]) if unit.endswith("dense") else _figures(x["median"]), _ratio(y),
                          _bytes(cache) or "–", row["label"]]],
             hovertemplate=f"<b>{_safe(row['spec'])}</b><br>%{{customdata[0]}}{unit}<br>perplexity × %{{customdata[1]}}"
             "<br>cache %{customdata[2]} (%{customdata[3]})<extra></extra>",
         )  # fmt: skip
-    ratios = [y for _, _, y in points]
-    speeds = [end for _, x, _ in points for end in ((x["min"], x["max"]) if spread else (x["median"],))]
-    logarithmic = max(ratios) > 3 * min(ratios)
-    low, high = (math.log10(min(ratios)), math.log10(max(ratios))) if logarithmic else (min(ratios), max(ratios))
-    pad = 0.09 * (high - low) or 0.05
-    left, right = min(speeds), max(speeds)
-    margin = 0.1 * (right - left) or 0.1 * right
+    high, low = min(max(ratios), ceiling), min(ratios)
+    pad = 0.1 * (high - low) or 0.05
+    left, right = min(x["min"] for _, x, _ in points), max(x["max"] for _, x, _ in points)
+    margin = 0.08 * (right - left) or 0.1 * right
     figure.update_xaxes(title=title, range=[left - margin, right + margin], nticks=6)
-    figure.update_yaxes(
-        title="perplexity ÷ dense",
-        type="log" if logarithmic else "linear",
-        range=[high + pad, low - pad],
-        **({"dtick": "D2"} if logarithmic else {"nticks": 6}),
-    )
+    figure.update_yaxes(title="perplexity ÷ dense", range=[high + pad, low - pad], nticks=6)
     figure.add_hline(y=1, line={"color": GREY, "width": 1, "dash": "dot"}, layer="below")
     figure.add_annotation(
         text="better ↗", xref="paper", yref="paper", x=1, y=1, xanchor="right", yanchor="bottom", showarrow=False,
@@ -372,23 +396,37 @@ def _trade_figure(figure: Any, points: list[tuple[dict, dict, float]], title: st
     figure.update_layout(margin={"l": 58, "r": 18, "t": 26, "b": 52}, hovermode="closest")
 
 
+def _ceiling(ratios: Sequence[float]) -> float:
+    """The greatest ratio that a chart shows to scale: one that is far worse than most would press them into a line."""
+    usual = sorted(ratios)[round(0.75 * (len(ratios) - 1))] - 1
+    ceiling = 1 + max(0.1, 2.5 * usual)
+    return ceiling if max(ratios) - 1 > 1.5 * (ceiling - 1) else math.inf
+
+
 def _position(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Perplexity along the text, as it is and against dense at the same place."""
+    """Perplexity along the text, against dense at the same place and as it is."""
     spans = {id(row): _spans(_at(row["raw"], "quality", "by_position"), "perplexity") for row in rows}
     dense = next((dict(spans[id(row)]) for row in rows if row["kind"] == "dense"), {})
     relative = [
         (row, [(x, ratio) for x, y in spans[id(row)] if (ratio := _divide(y, dense.get(x))) is not None]) for row in rows
     ]
-    plain = [(row, spans[id(row)]) for row in rows]
-    context = results.get("context")
-    return [
-        _lines("against dense", relative, "perplexity ÷ dense", context),
-        _lines("as it is", plain, "perplexity", context),
-    ]
+    relative = [(row, points) for row, points in relative if points]
+    plain = [(row, spans[id(row)]) for row in rows if spans[id(row)]]
+    context, title = results.get("context"), "perplexity ÷ dense"
+    views = [_lines("against dense", relative, title, context), _lines("as it is", plain, "perplexity", context)]
+    ceiling = _ceiling([y for _, points in relative for _, y in points] or [1])
+    if math.isfinite(ceiling):
+        views[0]["label"] = "whole range"
+        near = _lines("near dense", relative, title, context, ceiling)
+        left = [f"{row['title']} (up to × {_ratio(max(y for _, y in points))})"
+                for row, points in relative if max(y for _, y in points) > ceiling]  # fmt: skip
+        near["note"] = f"Leaves the chart: {', '.join(left)}."
+        views.insert(0, near)
+    return views
 
 
 def _divergence(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How far the next-token distribution is from dense: along the text, and over what follows the prompt."""
+    """How far the next-token distribution is from dense: over what follows the prompt, and along the text."""
     others = [row for row in rows if row["kind"] != "dense"]
     lines = []
     for row in others:
@@ -396,21 +434,50 @@ def _divergence(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[
         if by and not isinstance(by[0], Mapping):  # plain numbers stand for the same pieces as the perplexities
             places = _at(row["raw"], "quality", "by_position") or []
             by = [{**place, "kl": value} for place, value in zip(places, by, strict=False)]
-        lines.append((row, _spans(by, "kl")))
-    bars = sorted((row for row in others if row["values"]["kl"] is not None), key=lambda row: -row["values"]["kl"])
-    figure = _go().Figure()
-    if bars:
-        _bars(figure, bars, [row["values"]["kl"] for row in bars], [_figures(row["values"]["kl"], 2) for row in bars])
-        figure.update_xaxes(title="nats a token, after the prompt", rangemode="tozero", nticks=6)
+        if points := [(x, max(y, LEAST_KL)) for x, y in _spans(by, "kl")]:
+            lines.append((row, points))
+    dots = sorted((row for row in others if row["values"]["kl"] is not None), key=lambda row: -row["values"]["kl"])
     return [
-        _view("overall", figure, height=_bar_height(len(bars))),
+        _view("overall", _dots(dots), height=_height(dots)),
         _lines("by position", lines, "nats a token", results.get("context")),
     ]
 
 
-def _lines(label: str, lines: list[tuple[dict, list[tuple[float, float]]]], title: str, context: Any) -> dict[str, Any]:
+# Below it lies rounding: two ways to compute the same attention in float32 differ by more.
+LEAST_KL = 1e-7
+
+
+def _dots(rows: list[dict[str, Any]]) -> Any:
+    """KL on a logarithmic axis, where a bar's length would mean nothing."""
     figure = _go().Figure()
-    lines = [(row, points) for row, points in lines if points]
+    if not rows:
+        return figure
+    values = [max(row["values"]["kl"], LEAST_KL) for row in rows]
+    figure.add_scatter(
+        x=values,
+        y=[row["axis"] for row in rows],
+        mode="markers+text",
+        text=[f"  {_figures(row['values']['kl'], 2)}" for row in rows],
+        textposition="middle right",
+        textfont={"color": "var(--ink)"},
+        cliponaxis=False,
+        marker={"color": [r["colour"] for r in rows], "symbol": [r["symbol"] for r in rows], "size": 11},
+        hovertemplate="<b>%{y}</b><br>%{text} nats<extra></extra>",
+    )
+    low, high = math.log10(min(values)), math.log10(max(values))
+    room = 0.5 * max(1.0, high - low)  # for the figures behind the dots
+    figure.update_xaxes(type="log", title="nats a token, after the prompt", range=[low - 0.25, high + room],
+                        dtick=max(1, round((high - low) / 4)), exponentformat="power")  # fmt: skip
+    figure.update_yaxes(automargin=True, type="category", ticks="")
+    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 52})
+    return figure
+
+
+def _lines(
+    label: str, lines: list[tuple[dict, list[tuple[float, float]]]], title: str, context: Any, ceiling: float = math.inf
+) -> dict[str, Any]:
+    """A line for each row. Above the ceiling, if there is one, lines leave the chart."""
+    figure = _go().Figure()
     values = [y for _, points in lines for _, y in points if y > 0]
     for row, points in lines:
         figure.add_scatter(
@@ -423,11 +490,14 @@ def _lines(label: str, lines: list[tuple[dict, list[tuple[float, float]]]], titl
             hovertemplate=f"<b>{_safe(row['spec'])}</b><br>around token %{{x:,.0f}}: %{{y:.3~f}}<extra></extra>",
         )
     if values:
-        wide = max(values) > 8 * min(values)
         figure.update_xaxes(title="position in the text, in tokens", tickformat=",", nticks=6)
-        figure.update_yaxes(
-            title=title, nticks=6, **({"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1} if wide else {})
-        )
+        figure.update_yaxes(title=title, nticks=6)
+        decades = math.log10(max(values) / min(values))
+        if math.isfinite(ceiling):
+            pad = 0.06 * (ceiling - min(values))
+            figure.update_yaxes(range=[min(values) - pad, ceiling + pad])
+        elif decades > 0.9:
+            figure.update_yaxes(type="log", exponentformat="power", dtick="D2" if decades < 2 else round(decades / 4) or 1)
         last = max(x for _, points in lines for x, _ in points)
         if isinstance(context, int | float) and 0 < context < last:
             figure.add_vline(x=context, line={"color": "var(--faint)", "width": 1, "dash": "dot"})
@@ -451,21 +521,20 @@ def _needle(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict
             here = [n for n in row["raw"]["quality"]["needle"] if n.get("depth") == depth]
             found = sum(bool(n.get("found")) for n in here)
             shares.append(found / len(here) if here else None)
-            marks.append("" if not here else f"{found}/{len(here)}" if len(here) > 1 else "✓" if found else "·")
+            marks.append("" if not here else f"{found}/{len(here)}" if len(here) > 1 else "✓" if found else "✗")
             tips.append(f"<b>{_safe(row['spec'])}</b><br>depth {_percent(depth)}: {_told(here)}")
         z.append(shares), words.append(marks), hover.append(tips)
     if depths:
         figure.add_heatmap(
-            z=z, x=[_percent(depth) for depth in depths], y=[row["title"] for row in asked],
+            z=z, x=[f"{100 * depth:.0f}" for depth in depths], y=[row["axis"] for row in asked],
             text=words, texttemplate="%{text}", customdata=hover, hovertemplate="%{customdata}<extra></extra>",
             textfont={"size": 13}, zmin=0, zmax=1, xgap=2, ygap=2, showscale=False,
             colorscale=[[0, "var(--missed)"], [1, "var(--found)"]],
         )  # fmt: skip
-        figure.update_xaxes(title="depth of the needle in the prompt", type="category", showgrid=False, side="bottom")
+        figure.update_xaxes(title="depth, % of the prompt", type="category", showgrid=False, tickangle=0, ticks="")
         figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, type="category", ticks="")
     figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 52})
-    height = 74 + 30 * len(asked)
-    return [_view("", figure, height=[height, height])]
+    return [_view("", figure, height=_height(asked))]
 
 
 def _told(needles: Sequence[Mapping[str, Any]]) -> str:
@@ -481,69 +550,70 @@ def _told(needles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _memory(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bars of bytes with the figure behind them; what is masked is hatched."""
     figure = _go().Figure()
-    held = [row for row in rows if row["values"]["cache"] is not None]
-    held = sorted(held, key=lambda row: -row["values"]["cache"])
+    held = sorted((row for row in rows if row["values"]["cache"] is not None), key=lambda row: -row["values"]["cache"])
     if held:
-        texts = []
-        for row in held:
-            saved = _saved(row["values"], row)
-            texts.append(f"{_bytes(row['values']['cache'])}" + (f" · {saved}" if saved else ""))
-        _bars(figure, held, [row["values"]["cache"] for row in held], texts)
-        figure.update_xaxes(showticklabels=False, showgrid=False, rangemode="tozero")
-    return [_view("", figure, height=_bar_height(len(held)))]
-
-
-def _bars(figure: Any, rows: list[dict[str, Any]], values: list[float], texts: Sequence[str | None]) -> None:
-    """Bars with their figure written behind them; what is masked is hatched."""
-    top = max(values) or 1
-    figure.add_bar(
-        orientation="h",
-        y=[row["title"] for row in rows],
-        x=values,
-        text=texts,
-        # In the longest bars the figure stands inside, so that it is never cut off.
-        textposition=["inside" if value > 0.6 * top else "outside" for value in values],
-        insidetextanchor="end",
-        insidetextfont={"color": "#ffffff"},
-        outsidetextfont={"color": "var(--ink)"},
-        cliponaxis=False,
-        constraintext="none",
-        marker={
-            "color": [row["colour"] for row in rows],
-            "pattern": {
-                "shape": ["/" if row["values"]["label"] == "masked" else "" for row in rows],
-                "fillmode": "overlay",
-                "fgcolor": "var(--page)",
-                "fgopacity": 0.35,
-                "size": 6,
+        values = [row["values"]["cache"] for row in held]
+        figure.add_bar(
+            orientation="h",
+            y=[row["axis"] for row in held],
+            x=values,
+            text=[_held(row) for row in held],
+            textposition="outside",
+            textfont={"color": "var(--ink)"},
+            cliponaxis=False,
+            constraintext="none",
+            marker={
+                "color": [row["colour"] for row in held],
+                "pattern": {
+                    "shape": ["/" if row["values"]["label"] == "masked" else "" for row in held],
+                    "fillmode": "overlay",
+                    "fgcolor": "var(--page)",
+                    "fgopacity": 0.45,
+                    "size": 6,
+                },
             },
-        },
-        hovertemplate="<b>%{y}</b><br>%{text}<extra></extra>",
-    )
+            hovertemplate="<b>%{y}</b><br>%{text}<extra></extra>",
+        )
+        figure.update_xaxes(visible=False, range=[0, 1.9 * (max(values) or 1)])  # the rest is for the figures
     figure.update_yaxes(automargin=True, showgrid=False, type="category", ticks="")
-    figure.update_layout(margin={"l": 8, "r": 14, "t": 8, "b": 44}, bargap=0.28)
+    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 8}, bargap=0.28)
+    return [_view("", figure, height=_height(held, 20))]
 
 
-def _bar_height(bars: int) -> list[int]:
-    return [60 + 27 * bars] * 2
+def _held(row: Mapping[str, Any]) -> str:
+    """A row's bytes, and their share of dense where its label allows to say so."""
+    v, text = row["values"], _bytes(row["values"]["cache"]) or ""
+    if row["kind"] == "dense" or v["cache_share"] is None:
+        return text
+    if v["label"] == "freed":
+        return f"{text} · {_percent(v['cache_share'])}"
+    return f"{text} · {v['label']}"
+
+
+def _height(rows: Sequence[Mapping[str, Any]], more: int = 64) -> list[int]:
+    """Pixels for a chart with a band for each row, on a phone and on a desktop."""
+    lines = max((row["axis"].count("<br>") + 1 for row in rows), default=1)
+    height = more + len(rows) * (16 + 14 * lines)
+    return [height, height]
 
 
 def _tile(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What one row saw, as a small map: queries downwards, keys to the right."""
+    """What one row saw, as a small map: queries downwards, keys to the right, the future blank."""
     tiles = [[_number(value) for value in line] for line in row["raw"]["tiles"]]
+    high, wide = len(tiles), max((len(line) for line in tiles), default=0)
     top = max((value for line in tiles for value in line if value is not None), default=0)
     if top > 1:  # 0 empty, 1 partial, 2 full
         tiles = [[None if value is None else value / 2 for value in line] for line in tiles]
+    # Blank is a tile whose first key comes after its last query, unless it was looked at; queries are the last ones.
+    for i, line in enumerate(tiles):
+        tiles[i] = [None if not value and j > i + wide - high else value for j, value in enumerate(line)]
     figure = _go().Figure()
     figure.add_heatmap(
-        z=tiles, zmin=0, zmax=1, showscale=False, hoverinfo="skip",
+        z=tiles, zmin=0, zmax=1, showscale=False, hoverinfo="skip", hoverongaps=False,
         colorscale=[[0, "var(--empty)"], [1, row["colour"]]],
     )  # fmt: skip
-    high, wide = len(tiles), max((len(line) for line in tiles), default=0)
-    # Queries are the last ones: the diagonal ends in the lower right corner.
-    figure.add_shape(type="line", x0=wide - high - 0.5, y0=-0.5, x1=wide - 0.5, y1=high - 0.5,
-                     line={"color": "var(--soft)", "width": 1, "dash": "dot"})  # fmt: skip
     figure.update_xaxes(visible=False, range=[-0.5, wide - 0.5])
     figure.update_yaxes(visible=False, range=[high - 0.5, -0.5])
     figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 0})

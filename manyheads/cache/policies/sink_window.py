@@ -2,8 +2,8 @@
 
     kept = {j : j < sinks} together with {j : j > i - (budget - sinks)}, i the latest position
 
-Keys keep the rotary positions that they were written with. The paper numbers the kept tokens anew, 0, 1, ..., budget - 1,
-which matters once a text is longer than the model was trained for.
+Keys keep the rotary positions that they were written with. The paper numbers the kept tokens anew, from 0, which
+matters once a text is longer than the model was trained for.
 
 Xiao et al. "Efficient Streaming Language Models with Attention Sinks." 2023. arXiv:2309.17453.
 """

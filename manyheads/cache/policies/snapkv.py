@@ -3,9 +3,10 @@
     a_j = sum_{i in the last `window` queries} softmax_j(scale q_i . k_j)
     kept = {j : j in the last `window`} together with the top (budget - window) of pool_{kernel}(a)_j
 
-It works on the prompt; what is generated later is added to what stayed. Query heads that share a key head vote together:
-their attention is averaged, then pooled. The paper has no such groups; there each query head keeps tokens of its own.
-The pool is the authors' default, a mean; their longest experiments take the maximum over 7.
+It works on the prompt, or on each part of a prompt that comes in parts; what is generated is added to what stayed.
+Query heads that share a key head vote together: their attention is averaged, then pooled. The paper has no such groups;
+there each query head keeps tokens of its own. The pool is the authors' default, a mean; for LongBench they take the
+maximum over 7.
 
 Li et al. "SnapKV: LLM Knows What You are Looking for Before Generation." 2024. arXiv:2404.14469.
 """

@@ -1,17 +1,17 @@
 """Masks and scores as plain functions of positions, traced once and read in several ways.
 
-A mask(b, h, i, j) -> bool and a score(s, b, h, i, j) -> float are written for one element: batch, head and absolute query
-and key position, and for a score the scaled product s. `trace` turns them into a Program, which runs on tensors, says
-which tiles of a score matrix are empty or full without building a mask, and has a key that is stable under what does not
-change the code: `window` may be 128 or 4096.
+A mask(b, h, i, j) -> bool and a score(s, b, h, i, j) -> float are written for one element: batch, head and absolute
+query and key position, and for a score the scaled product s. `trace` turns them into a Program, which runs on tensors,
+says which tiles of a score matrix are empty or full without building a mask, and has a key that is stable under what
+does not change the code: `window` may be 128 or 4096.
 
     def mask(b, h, i, j): return 0 <= i - j < window
     def score(s, b, h, i, j, forget): return s + forget[b, h, i] - forget[b, h, j]
 
     program = trace(mask, score, operands={"forget": (3, "f")})
 
-A tensor is read with one integer index for each dimension. An index beyond the tensor wraps once if negative and is then
-clamped, so that what lies beside the data can be computed and thrown away. Both functions may be called several times.
+A tensor is read with one integer index for each dimension. An index beyond the tensor wraps once if negative and is
+then clamped, so that what lies beside the data can be computed and thrown away. A function may be called several times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.core.expressions.ops import OPS
+from manyheads.core.expressions.ops import OPS, gather, widened
 from manyheads.core.expressions.tiles import EMPTY, FULL, PARTIAL, classify
 from manyheads.core.expressions.trace import Graph, TraceError, fold, kind_of, schedule, trace_graph
 
@@ -41,8 +41,8 @@ def trace(
     operands: for each name that may follow j, its number of dimensions and its kind: "b", "i" or "f". They are bound
         by keyword when the program runs. Tensors that the functions captured are bound now.
 
-    Numbers in closures, globals, defaults and helper functions become arguments of the program, but not what they
-    decide while tracing: divisors, moduli, shifts, exponents, loop bounds and attributes of objects are part of the key.
+    Numbers in closures, globals, defaults and helper functions become arguments of the program. Divisors, moduli,
+    shifts, exponents, loop bounds and attributes of objects do not: they are part of the key.
     """
     return Program(*trace_graph(mask, score, operands or {}))
 
@@ -167,7 +167,7 @@ class Program:
             elif node.op == "load":
                 if node.payload not in sources:  # moved at most once
                     sources[node.payload] = self.source(node.payload, operands).to(device)
-                values[step] = _widened(gather(sources[node.payload], [values[a] for a in node.args]), real)
+                values[step] = widened(gather(sources[node.payload], [values[a] for a in node.args]), real)
             else:
                 op, args = OPS[node.op], [values[a] for a in node.args]
                 values[step] = op.run(*args, real) if op.sized else op.run(*args)
@@ -193,30 +193,10 @@ class Program:
         return (letters - {"d"}) | {"i", "j"} if "d" in letters else letters
 
 
-def gather(table: Tensor, indices: list[Any]) -> Tensor:
-    """table[indices] with each index wrapped once if negative, then clamped into range."""
-    places = []
-    for index, size in zip(indices, table.shape, strict=True):
-        if isinstance(index, Tensor):
-            places.append(torch.where(index < 0, index + size, index).long().clamp(0, size - 1))
-        else:
-            place = min(max(index + size if index < 0 else index, 0), size - 1)
-            table = table.select(len(places), place)
-    # Not table[places]: with 0-d indices that asks for their values, which neither vmap nor a compiler can give.
-    return torch.ops.aten.index.Tensor(table, places) if places else table
-
-
 def _input(letter: str, inputs: Mapping[str, Tensor]) -> Tensor:
     if letter == "d" and "d" not in inputs:
         return inputs["i"] - inputs["j"]
     return inputs[letter]
-
-
-def _widened(value: Tensor, real: torch.dtype) -> Tensor:
-    """Integers as int64, floats at least as wide as the evaluation, so that narrow tables do not round or overflow."""
-    if value.dtype == torch.bool:
-        return value
-    return value.to(torch.promote_types(value.dtype, real)) if value.is_floating_point() else value.long()
 
 
 def _constants(graph: Graph, numbers: tuple[Number, ...]) -> dict[int, bool | int | float]:

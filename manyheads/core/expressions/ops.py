@@ -78,6 +78,33 @@ def _square(a: Tensor) -> Tensor:
     return a * a
 
 
+# ---- reading tensors ----
+
+
+def wrapped(index: Tensor, size: int) -> Tensor:
+    return torch.where(index < 0, index + size, index).clamp(0, size - 1)
+
+
+def gather(table: Tensor, indices: list[Any]) -> Tensor:
+    """table[indices] with each index wrapped once if negative, then clamped into range."""
+    places = []
+    for index, size in zip(indices, table.shape, strict=True):
+        if isinstance(index, Tensor):
+            places.append(wrapped(index, size).long())
+        else:
+            place = min(max(index + size if index < 0 else index, 0), size - 1)
+            table = table.select(len(places), place)
+    # Not table[places]: with 0-d indices that asks for their values, which neither vmap nor a compiler can give.
+    return torch.ops.aten.index.Tensor(table, places) if places else table
+
+
+def widened(value: Tensor, real: torch.dtype) -> Tensor:
+    """Integers as int64, floats at least as wide as the evaluation, so that narrow tables do not round or overflow."""
+    if value.dtype == torch.bool:
+        return value
+    return value.to(torch.promote_types(value.dtype, real)) if value.is_floating_point() else value.long()
+
+
 # ---- intervals: helpers ----
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyheads.core.expressions.ops import Bounds, interval_of, known
+from manyheads.core.expressions.ops import Bounds, interval_of, known, widened, wrapped
 from manyheads.core.expressions.trace import schedule
 
 if TYPE_CHECKING:
@@ -42,17 +42,21 @@ class Axis:
             positions = torch.arange(positions.start, positions.stop, positions.step, device=device)
         else:
             self.is_range = False
+            if positions.is_floating_point() or positions.ndim not in (1, 2):
+                raise ValueError(
+                    f"positions must be integers [len] or [batch, len], not {positions.dtype} {list(positions.shape)}"
+                )
             positions = positions.to(device, torch.int64)
         positions = positions if positions.ndim == 2 else positions[None]
         self.length, self.tile, self.count = positions.shape[1], tile, -(-positions.shape[1] // tile)
-        absent = (positions < 0)[:, None]
-        padded = pad(positions[:, None], (0, self.count * tile - self.length), value=-1).unflatten(-1, (-1, tile))
+        padding, cut = (0, self.count * tile - self.length), (self.count, tile)
+        padded = pad(positions, padding, value=-1)[:, None].unflatten(-1, cut)
         last = padded.amax(-1)
         self.void = last < 0
-        self.gaps = pad(absent, (0, self.count * tile - self.length)).unflatten(-1, (-1, tile)).any(-1)
+        self.gaps = pad(positions < 0, padding)[:, None].unflatten(-1, cut).any(-1)
         filled = torch.where(padded < 0, last.clamp(min=0)[..., None], padded)
         self.values, self.low, self.high = filled.flatten(-2), filled.amin(-1), filled.amax(-1)
-        self.start = self._start(positions)
+        self.start = self._start(positions) if self.length else None
 
     def _start(self, positions: Tensor) -> Tensor | None:
         offsets = positions - torch.arange(self.length, device=positions.device)
@@ -71,7 +75,7 @@ class Axis:
 
 
 class Differences:
-    """i - j over the tiles of two runs. All values lie on one line of q_len + kv_len - 1, and a tile sees a stretch of it.
+    """i - j over the tiles of two runs. All values lie on one line of q_len + kv_len - 1; a tile sees a stretch of it.
 
     Full tiles start at multiples of the greatest common divisor of the tile's sides; the tiles of the last row and
     column, if they stick out, see shorter stretches and come behind: full tiles | last row | last column | corner.
@@ -92,7 +96,7 @@ class Differences:
         return torch.cat([low for low, _ in parts], -1), torch.cat([high for _, high in parts], -1)
 
     def _layout(self) -> list[tuple[int, int, int, int]]:
-        """(first start, length, step, count) of each part. Key tiles run backwards: later keys are smaller differences."""
+        """(first start, length, step, count) of each part. Later keys mean smaller differences: columns run back."""
         rows, columns = self.rows.tile, self.columns.tile
         last_row = self.full_rows * rows
         full = (self.full_rows - 1) * rows + (self.full_columns - 1) * columns
@@ -133,7 +137,9 @@ class Classifier:
     A reader maps a slice of tile rows to a node's bounds there, [batch | 1, heads | 1, rows | 1, columns | 1].
     """
 
-    def __init__(self, program: Program, queries: Axis, keys: Axis, batch: int, heads: int, operands: Mapping[str, Tensor]):
+    def __init__(
+        self, program: Program, queries: Axis, keys: Axis, batch: int, heads: int, operands: Mapping[str, Tensor]
+    ):
         self.program, self.queries, self.keys, self.operands = program, queries, keys, operands
         self.nodes = program.graph.nodes
         self.device = queries.values.device
@@ -153,6 +159,7 @@ class Classifier:
         self.steps = schedule(self.nodes, self.root, leaves)
         self.readers = {k: self._reader(k) for k, _ in self.steps if k in leaves}
         self.sets = {k: found for k, _ in self.steps if k not in leaves and (found := self._value_sets(k)) is not None}
+        self.tables: dict[int | str, tuple[Tensor, Bounds]] = {}
 
     def positions_of(self, index: int) -> frozenset[str]:
         return self.nodes[index].depends - {"b", "h"}
@@ -160,7 +167,7 @@ class Classifier:
     def _is_leaf(self, index: int) -> bool:
         positions = self.positions_of(index)
         exact = {"i", "j"} if self.differences is None else {"i", "j", "d"}
-        return self.nodes[index].op == "input" or len(positions) <= 1 and positions <= exact
+        return self.nodes[index].op == "input" or (len(positions) <= 1 and positions <= exact)
 
     def _evaluate(self, index: int) -> Any:
         return self.program.evaluate(index, self.inputs, self.operands)
@@ -237,15 +244,13 @@ class Classifier:
 
     def _load_bounds(self, payload: int | str, indices: list[Bounds]) -> Bounds:
         """Exact where each index is one of a few values, the extremes of the whole tensor elsewhere."""
-        table = self.program.source(payload, self.operands).to(self.device)
-        table = table if table.dtype == torch.bool or table.is_floating_point() else table.long()
-        firsts, lasts = [], []
+        table, (everywhere_least, everywhere_greatest) = self._table(payload)
+        firsts = [wrapped(low, size) for (low, _), size in zip(indices, table.shape, strict=True)]
+        lasts = [wrapped(high, size) for (_, high), size in zip(indices, table.shape, strict=True)]
         few = torch.ones((), dtype=torch.bool, device=self.device)
-        for (low, high), size in zip(indices, table.shape, strict=True):
-            # Both ends of a range that wraps would be exchanged: what may be negative and may be not is unknown.
-            few = few & (high - low < SPAN) & ((low >= 0) | (high < 0))
-            firsts.append(_wrapped(low, size))
-            lasts.append(_wrapped(high, size))
+        for (low, high), first, last in zip(indices, firsts, lasts, strict=True):
+            # An index that may be negative or not reads from both ends of the tensor.
+            few = few & (last - first < SPAN) & ((low >= 0) | (high < 0))
         least, greatest = None, None
         for k in range(SPAN ** len(firsts)):
             steps = (k // SPAN**dim % SPAN for dim in range(len(firsts)))
@@ -254,22 +259,24 @@ class Classifier:
             least = value if least is None else torch.minimum(least, value)
             greatest = value if greatest is None else torch.maximum(greatest, value)
         assert least is not None and greatest is not None
-        return known(torch.where(few, least, table.amin()), torch.where(few, greatest, table.amax()))
+        return known(torch.where(few, least, everywhere_least), torch.where(few, greatest, everywhere_greatest))
 
-
-def _wrapped(index: Tensor, size: int) -> Tensor:
-    return torch.where(index < 0, index + size, index).clamp(0, size - 1)
+    def _table(self, payload: int | str) -> tuple[Tensor, Bounds]:
+        """A captured tensor or an operand, and its extremes."""
+        if payload not in self.tables:
+            table = widened(self.program.source(payload, self.operands).to(self.device), torch.float32)
+            self.tables[payload] = table, (table.amin(), table.amax())
+        return self.tables[payload]
 
 
 def _constant(value: Any, device: torch.device) -> Bounds:
-    """Of what depends on no position. Python floats may be rounded to float32 where they meet a tensor."""
-    if isinstance(value, Tensor):
-        return known(value, value)
-    if isinstance(value, float):
-        exact, rounded = torch.tensor(value, dtype=torch.float64), torch.tensor(value, dtype=torch.float32)
-        return known(torch.minimum(exact, rounded).to(device), torch.maximum(exact, rounded).to(device))
-    value = torch.tensor(value, device=device)
-    return value, value
+    """Of what depends on no position. A double may be rounded to float32 where it meets a tensor."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None, device=device)
+    if not value.is_floating_point():
+        return value, value
+    rounded = value.float()
+    return known(torch.minimum(value, rounded), torch.maximum(value, rounded))
 
 
 def classify(
@@ -284,12 +291,12 @@ def classify(
     """See Program.tiles."""
     device = next((x.device for x in (i, j, *operands.values()) if isinstance(x, Tensor)), torch.device("cpu"))
     queries, keys = Axis(i, tile[0], device), Axis(j, tile[1], device)
-    per_row = max(queries.values.shape[0], keys.values.shape[0])
-    if batch not in (1, per_row) and per_row != 1:
-        raise ValueError(f"positions of {per_row} rows for a batch of {batch}")
-    batch = max(batch, per_row)
+    rows = {queries.values.shape[0], keys.values.shape[0]} - {1}
+    if len(rows | ({batch} - {1})) > 1:
+        raise ValueError(f"positions of {' and '.join(map(str, rows))} rows for a batch of {batch}")
+    batch = max(batch, *rows) if rows else batch
     depends = program.mask_depends
-    shape = batch if "b" in depends or per_row > 1 else 1, heads if "h" in depends else 1
+    shape = batch if "b" in depends or rows else 1, heads if "h" in depends else 1
     result = torch.full((*shape, queries.count, keys.count), FULL, dtype=torch.uint8, device=device)
     if not result.numel():
         return result

@@ -1,9 +1,9 @@
 """Tracing: a mask or score function is called once on stand-ins for its arguments and leaves a graph behind.
 
-Three things make ordinary Python functions traceable. Operators, methods and torch functions on an Expression add a node
-to the graph. `bool(expression)` answers True on one call of the function and False on the next, and the results of both
-are merged, so that `if`, `and`, `or`, `not`, chained comparisons, `min`, `max`, `any` and `in` work. And the function is
-rebuilt with the Python numbers that it captured replaced by nodes, so that they become arguments of the graph.
+Three things make ordinary Python functions traceable. Operators, methods and torch functions on an Expression add a
+node to the graph. `bool(expression)` answers True on one call of the function and False on the next, and the results of
+both are merged, so that `if`, `and`, `or`, `not`, chained comparisons, `min`, `max`, `any` and `in` work. And the
+function is rebuilt with the Python numbers that it captured replaced by nodes, so that they become arguments.
 
 The graph under construction belongs to a Tracer, and every Expression knows its own: nothing is global.
 """
@@ -16,7 +16,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,8 +30,8 @@ INPUTS = {"mask": "bhij", "score": "sbhij"}
 TORCH_TYPES = {"b": torch.bool, "i": torch.int64, "f": torch.float32}
 _COMMUTE = {"add", "mul", "min", "max", "and", "or", "xor", "eq"}
 _BAKED = {"floordiv", "mod", "shl", "shr"}
-_REFLECTED = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
-_OPERATORS = [*_REFLECTED, *"lt le gt ge eq ne neg pos abs invert getitem".split()]
+_REFLECTED = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+_OPERATORS = [*_REFLECTED, "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert", "getitem"]
 _LIBRARY_PATHS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 _INSTEAD = {
@@ -83,7 +83,7 @@ Schedule = tuple[tuple[int, tuple[int, ...]], ...]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What tracing leaves behind. Immutable, in canonical order, and free of the numbers and tensors it was traced with.
+    """What tracing leaves behind: immutable, in canonical order, free of the numbers and tensors it was traced with.
 
     mask, score: index of the result, or None. operands: the declared (ndim, kind) of each operand.
     numbers, tensors: kind of each lifted number, (ndim, kind) of each captured tensor. key: see Program.key.
@@ -100,7 +100,7 @@ class Graph:
 
 
 def schedule(nodes: tuple[Node, ...], root: int, leaves: frozenset[int] = frozenset()) -> Schedule:
-    """What to compute for root, in order: (node, nodes that nobody needs after it). What is behind leaves is left out."""
+    """What to compute for root, in order: (node, nodes that nobody needs after it). Stops at leaves."""
     reached, stack = set(), [root]
     while stack:
         index = stack.pop()
@@ -176,14 +176,13 @@ class Expression:
             raise TraceError(f"{what} needs a Python number, not an expression of s, b, h, i or j", instead)
         return self._value
 
-    def __iter__(self) -> Any:
+    def __iter__(self, *_: Any) -> Any:
         raise TraceError("an expression is one element and cannot be iterated or unpacked", "t[h, i] to read a tensor")
+
+    __contains__ = __iter__  # Python would hide the message
 
     def __setitem__(self, *_: Any) -> Any:
         raise TraceError("writing into a tensor is not supported", _INSTEAD["setitem"])
-
-    def __divmod__(self, other: Any) -> Any:
-        return self._tracer.call("floordiv", self, other), self._tracer.call("mod", self, other)
 
     def __repr__(self) -> str:
         return self._tracer.describe(self._index)
@@ -233,7 +232,9 @@ class Tracer:
 
     # ---- nodes ----
 
-    def node(self, op: str, args: tuple[Expression, ...], kind: str, payload: Any = None, value: Any = None) -> Expression:
+    def node(
+        self, op: str, args: Sequence[Expression], kind: str, payload: Any = None, value: Any = None
+    ) -> Expression:
         indices = tuple(a._index for a in args)
         identity = op, indices, kind, repr(payload)  # repr tells 1 from 1.0 and 0.0 from -0.0
         if identity not in self._known:
@@ -273,7 +274,7 @@ class Tracer:
             return self.tensor(x)
         if isinstance(x, (bool, int, float)):
             return self.const(x)
-        raise TraceError(f"a {type(x).__name__} cannot be used with s, b, h, i or j", "a Python number or a torch tensor")
+        raise TraceError(f"a {type(x).__name__} cannot be used with s, b, h, i or j", "a Python number or a tensor")
 
     def load(self, table: Any, at: Any) -> Expression:
         table = self.wrap(table)
@@ -384,7 +385,7 @@ class Tracer:
         if simple is not None:
             return simple
         value = fold(name, [a._value for a in args]) if all(a._value is not None for a in args) else None
-        return self.node(name, tuple(args), kind, None, value)
+        return self.node(name, args, kind, None, value)
 
     def _typed(self, name: str, args: list[Expression]) -> tuple[list[Expression], str]:
         rule = OPS[name].rule
@@ -411,10 +412,10 @@ class Tracer:
     def _simplified(self, name: str, args: list[Expression], kind: str) -> Expression | None:
         x, y = args[0], args[-1]
         if name == "where":
-            return self._simplified_where(*args, kind)
-        if name in ("add", "sub") and self._is_const(y, 0) or name in ("mul", "div") and self._is_const(y, 1):
+            return self._simplified_where(x, args[1], y, kind)
+        if name in ("add", "sub") and self._is_const(y, 0):
             return x
-        if name == "floordiv" and kind == "i" and self._is_const(y, 1):
+        if self._is_const(y, 1) and (name in ("mul", "div") or (name == "floordiv" and kind == "i")):
             return x
         if name == "mul" and kind == "i" and self._is_const(y, 0):
             return y

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
 
 from manyheads.cache.budgets import Budget
 from manyheads.cache.policy import Policy
-from manyheads.core.expressions import Program
 from manyheads.core.forms import Form, Recurrence, Scores
 
 # The name under which transformers knows us. It must not hold "flash": transformers would look for that library.
@@ -25,9 +25,9 @@ Label = Literal["freed", "masked", "simulated", "dense"]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One attention module's part. policy is None if all keys stay; then budget is None as well.
+    """One attention module's part. name: the mechanism's. policy and budget are None if all keys stay.
 
-    swaps: whether the model's cache gets a layer of ours in this place.
+    note: what a user should know about the mechanism, or "".
     """
 
     index: int
@@ -36,6 +36,7 @@ class Plan:
     engine: str
     policy: Policy | None = None
     budget: Budget | None = None
+    note: str = ""
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self  # a copied cache or model goes on with the same plan
@@ -51,11 +52,26 @@ class Plan:
             return ()
         return tuple(name for name, operand in self.form.operands.items() if operand.per_token)
 
-    @property
+    @cached_property
     def label(self) -> Label:
         if self.recurrent or self.policy is not None:
             return "freed"
-        return "dense" if isinstance(self.form, Scores) and _sees_all_before(self.form.program) else "masked"
+        return "dense" if self.reads_all else "masked"
+
+    @cached_property
+    def positionless(self) -> bool:
+        """A newest query's output is the same wherever its keys stand."""
+        return self.reads_all and not self.form.program.has_score
+
+    @cached_property
+    def reads_all(self) -> bool:
+        """Every query reads every key before it."""
+        if not isinstance(self.form, Scores):
+            return False
+        return Scores(mask=self.form.mask, operands=self.form.operands).program.key == _CAUSAL.program.key
+
+
+_CAUSAL = Scores(mask=lambda b, h, i, j: j <= i)
 
 
 @dataclass(frozen=True, eq=False)

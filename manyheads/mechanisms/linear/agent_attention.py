@@ -2,9 +2,9 @@
 
     A = pool(Q),   V_A = softmax(A K^T / sqrt(d)) V,   O = softmax(Q A^T / sqrt(d)) V_A
 
-with A [agents, d] the averages of `agents` equal runs of queries. The paper pools an image's queries over a square grid,
-adds position biases inside both softmaxes and a depthwise convolution of V to the output: these know rows and columns
-of pixels and belong to the vision block.
+with A [agents, d] the averages over `agents` equal runs of queries. The paper pools an image's queries over a square
+grid, adds position biases inside both softmaxes and a depthwise convolution of V to the output: these know rows and
+columns of pixels and belong to the vision block.
 
 Han, Ye, Han, et al. "Agent Attention: On the Integration of Softmax and Linear Attention." 2023. arXiv:2312.08874.
 """

@@ -29,7 +29,14 @@ def reference(q, k, v, *, g, beta):
     return torch.cat(out, -2)
 
 
-@mechanism(reference=reference, arxiv="2510.26692", system="kimi-delta-attention", trained=True)
+@mechanism(
+    reference=reference,
+    arxiv="2510.26692",
+    system="kimi-delta-attention",
+    trained=True,
+    tolerance=2.0,
+    tolerance_reason="in chunks, the gradient of g is a difference of sums over the chunk",
+)
 def kimi_delta_attention() -> Recurrence:
     """Log decay `g` for each channel and write strength `beta` for each token."""
 

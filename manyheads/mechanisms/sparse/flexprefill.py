@@ -6,9 +6,9 @@
     D >= tau: key blocks and block diagonals, each the fewest that hold gamma of A^
     D < tau:  cells (m, n) of softmax_n(mean(Q_m) . mean(K_n) / sqrt(d)), the fewest that hold gamma of the whole map
 
-and o_i = softmax attention over the keys j <= i of the blocks chosen for i. Every head keeps at least `min_budget` keys'
-worth of blocks and of diagonals, with the first block and the main diagonal among them. Short prompts and decoding steps
-are dense. The paper ranks single columns and diagonals and its code takes as many blocks as these would fill; blocks are
+and o_i is softmax attention over the keys j <= i of the blocks chosen for i. Each head keeps blocks and diagonals worth
+`min_budget` keys at the least, the first block and the main diagonal among them. Short prompts and decoding steps are
+dense. The paper ranks single columns and diagonals, and its code takes as many blocks as these would fill; blocks are
 ranked here, so that what is kept does hold gamma.
 
 Lai, Lu, Luo, Ma, Zhou. "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference."
@@ -24,47 +24,52 @@ from manyheads.core import Blocks, Law, Scores, Selection, mechanism
 
 
 def reference(q, k, v, *, gamma=0.95, tau=0.1, block_size=128, min_budget=1024):
-    (batch, heads, q_len, d), n = q.shape, k.shape[-2]
-    offset, size, out = n - q_len, block_size, []
-    key_blocks = [range(s, min(s + size, n)) for s in range(0, n, size)]
-    query_blocks = {m: [i for i in range(q_len) if (offset + i) // size == m] for m in range(offset // size, -(-n // size))}
-    for b in range(batch):
-        for h in range(heads):
-            q_h, k_h, v_h = q[b, h], k[b, h], v[b, h]
-            cells = {(m, t) for m in query_blocks for t in range(m + 1)}
-            if q_len > max(2 * size, min_budget):
-                least = max(1, -(-min_budget // size))
-                shown = range(q_len - size, q_len)
-                a = {i: (q_h[i] @ k_h[: offset + i + 1].T / d**0.5).softmax(-1).tolist() for i in shown}
-                columns, diagonals = [0.0] * len(key_blocks), [0.0] * len(key_blocks)
-                for i in shown:
-                    for j, w in enumerate(a[i]):
-                        columns[j // size] += w / size
-                        diagonals[(offset + i - j) // size] += w / size
-                k_means = torch.stack([k_h[list(block)].mean(0) for block in key_blocks])
-                estimate = (k_means @ q_h[q_len - size :].mean(0) / d**0.5).softmax(-1).tolist()
-                aware = math.sqrt(max(0.0, _divergence(estimate, columns))) < tau
-                share = 0.0 if aware else gamma
-                kept_columns = _fewest(dict(enumerate(columns)), share, least, first=0)
-                kept_diagonals = _fewest(dict(enumerate(diagonals)), share, least, first=0)
-                striped = {(m, t) for m, t in cells if t in kept_columns or m - t in kept_diagonals}
-                if aware:
-                    rows = {m: (k_means[: m + 1] @ q_h[of].mean(0) / d**0.5).softmax(-1) for m, of in query_blocks.items()}
-                    pooled = {(m, t): float(rows[m][t]) / len(rows) for m, t in cells}
-                    striped |= _fewest(pooled, gamma, 0)
-                cells = striped
-            for i in range(q_len):
-                seen = [j for j in range(offset + i + 1) if ((offset + i) // size, j // size) in cells]
-                out.append((q_h[i] @ k_h[seen].T / d**0.5).softmax(-1) @ v_h[seen])
-    return torch.stack(out).view(batch, heads, q_len, -1)
+    out = []
+    for q_h, k_h, v_h in zip(*(x.flatten(0, 1) for x in (q, k, v)), strict=True):
+        cells = _cells(q_h, k_h, gamma, tau, block_size, min_budget)
+        for i, q_i in enumerate(q_h, len(k_h) - len(q_h)):
+            seen = [j for j in range(i + 1) if (i // block_size, j // block_size) in cells]
+            out.append((k_h[seen] @ q_i / q.shape[-1] ** 0.5).softmax(-1) @ v_h[seen])
+    return torch.stack(out).view(*q.shape[:-1], -1)
+
+
+def _cells(q, k, gamma, tau, size, min_budget):
+    """The pairs of a query block and a key block that one head computes."""
+    n, offset, scale = len(k), len(k) - len(q), q.shape[-1] ** -0.5
+    ends = {t: min((t + 1) * size, n) for t in range(-(-n // size))}
+    all_cells = {(m, t) for m in range(offset // size, len(ends)) for t in range(m + 1)}
+    if len(q) <= max(2 * size, min_budget):
+        return all_cells
+    columns, diagonals = dict.fromkeys(ends, 0.0), dict.fromkeys(ends, 0.0)
+    for i in range(n - size, n):
+        for j, weight in enumerate((k[: i + 1] @ q[i - offset] * scale).softmax(-1).tolist()):
+            columns[j // size] += weight / size
+            diagonals[(i - j) // size] += weight / size
+    k_means = torch.stack([k[t * size : end].mean(0) for t, end in ends.items()])
+    estimate = (k_means @ q[-size:].mean(0) * scale).softmax(-1).tolist()
+    aware = _divergence(estimate, list(columns.values())) < tau
+    least = max(1, -(-min_budget // size))
+    kept_columns = _fewest(columns, 0.0 if aware else gamma, least, first=0)
+    kept_diagonals = _fewest(diagonals, 0.0 if aware else gamma, least, first=0)
+    cells = {(m, t) for m, t in all_cells if t in kept_columns or m - t in kept_diagonals}
+    if aware:
+        rows = sorted({m for m, _ in all_cells})
+        pooled = {}
+        for m in rows:
+            q_mean = q[max(0, m * size - offset) : ends[m] - offset].mean(0)
+            weights = (k_means[: m + 1] @ q_mean * scale).softmax(-1).tolist()
+            pooled |= {(m, t): weight / len(rows) for t, weight in enumerate(weights)}
+        cells |= _fewest(pooled, gamma)
+    return cells
 
 
 def _divergence(p, q):
-    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return sum(x * math.log(x / z) / 2 for side in (p, q) for x, z in zip(side, m, strict=True) if x > 0)
+    """The root of the Jensen-Shannon divergence."""
+    pairs = [(x, (x + y) / 2) for x, y in [*zip(p, q, strict=True), *zip(q, p, strict=True)]]
+    return math.sqrt(max(0.0, sum(x * math.log(x / middle) for x, middle in pairs if x > 0) / 2))
 
 
-def _fewest(mass, share, least, first=None):
+def _fewest(mass, share, least=0, first=None):
     """The heaviest entries that hold the share, at least so many, `first` before all."""
     kept, total = set(), 0.0
     for entry in sorted(mass, key=lambda e: (e != first, -mass[e])):
@@ -96,61 +101,56 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
     """Blocks that hold `gamma` of the mass; heads whose estimate is off by `tau` or more keep stripes instead."""
     least = max(1, -(-min_budget // block_size))
 
+    def sums(x):
+        """Sums over the blocks of the last dimension."""
+        return F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+
+    def means(x, start=0):
+        """Means over the blocks of x [..., len, dim], whose first token stands at `start` in its block."""
+        there = F.pad(x.new_ones(x.shape[-2]), (start, 0))
+        return (sums(F.pad(x.mT, (start, 0))) / sums(there)).mT
+
     def scores(q, k):
         return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
 
-    def pool(x, start):
-        """Means over the blocks of x [..., len, dim], whose first token stands at `start` in its block."""
-        blocks = -(-(start + x.shape[-2]) // block_size)
-        tail = blocks * block_size - start - x.shape[-2]
-        total = F.pad(x, (0, 0, start, tail)).unflatten(-2, (blocks, block_size)).sum(-2)
-        there = F.pad(x.new_ones(x.shape[-2], 1), (0, 0, start, tail)).unflatten(-2, (blocks, block_size)).sum(-2)
-        return total / there
-
-    def fewest(mass, share, least=0, first=None):
-        """The entries of the last dimension that hold the share, at least so many, `first` before all: a map."""
-        rank = mass.clone()
-        if first is not None:
-            rank[..., first] = torch.inf
-        order = rank.argsort(-1, descending=True, stable=True)
-        sorted_mass = mass.gather(-1, order)
-        before = sorted_mass.cumsum(-1) - sorted_mass
+    def fewest(mass, share, least=0, first=False):
+        """The heaviest entries that hold the share, at least so many, entry 0 before all if `first`: a map."""
+        rank = mass.index_fill(-1, mass.new_zeros(1, dtype=torch.long), torch.inf) if first else mass
+        order = torch.argsort(rank, dim=-1, descending=True, stable=True)
+        ordered = mass.gather(-1, order)
         number = torch.arange(mass.shape[-1], device=mass.device)
-        kept = (before < share) | (number < least) | (share >= 1)
+        kept = (ordered.cumsum(-1) - ordered < share) | (number < least) | (share >= 1)
         return torch.zeros_like(kept).scatter(-1, order, kept)
 
     @torch.no_grad()
     def select(q, k, *, scale, offset):
         q_len, n = q.shape[-2], k.shape[-2]
-        m = torch.arange(offset // block_size, -(-n // block_size), device=q.device)[:, None]
         t = torch.arange(-(-n // block_size), device=q.device)
-        keep = (t <= m).expand(*q.shape[:2], -1, -1)
+        m = t[offset // block_size :, None]
+        past = (t <= m).expand(*q.shape[:2], -1, -1)
         if q_len <= max(2 * block_size, min_budget):
-            return Blocks.from_map(keep)
+            return Blocks.from_map(past)
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(wide) * scale, k.to(wide)
 
-        shown = q[..., -block_size:, :]
-        distance = torch.arange(n - block_size, n, device=q.device)[:, None] - torch.arange(n, device=q.device)
-        a = scores(shown, k).masked_fill(distance < 0, -torch.inf).softmax(-1) / block_size
-        empty = a.new_zeros(*q.shape[:2], len(t))
-        column = (torch.arange(n, device=q.device) // block_size).expand(*a.shape[:2], -1)
-        diagonal = (distance.clamp(min=0) // block_size).flatten().expand(*a.shape[:2], -1)
-        columns = empty.scatter_add(-1, column, a.sum(-2))
-        diagonals = empty.scatter_add(-1, diagonal, a.flatten(-2))
+        shown, j = q[..., -block_size:, :], torch.arange(n, device=q.device)
+        apart = j[-block_size:, None] - j  # query i sees key j over this distance, and over distance j the key i - j
+        a = scores(shown, k).masked_fill(apart < 0, -torch.inf).softmax(-1) / block_size
+        columns = sums(a.sum(-2))
+        diagonals = sums(a.gather(-1, apart.clamp(min=0).expand_as(a)).masked_fill(apart < 0, 0.0).sum(-2))
 
-        k_means = pool(k, 0)
+        k_means = means(k)
         estimate = scores(shown.mean(-2, keepdim=True), k_means).softmax(-1).squeeze(-2)
         middle = (estimate + columns) / 2
-        divergence = sum((torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(-1) for p in (estimate, columns)) / 2
+        divergence = sum((torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(-1) / 2 for p in (estimate, columns))
         aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
 
         share = torch.where(aware, 0.0, gamma)
-        vertical, slash = fewest(columns, share, least, first=0), fewest(diagonals, share, least, first=0)
+        vertical, slash = fewest(columns, share, least, first=True), fewest(diagonals, share, least, first=True)
         stripes = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
-        pooled = scores(pool(q, offset % block_size), k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
+        pooled = scores(means(q, offset % block_size), k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
         cells = fewest(pooled.flatten(-2), torch.full_like(share, gamma)).view_as(pooled)
-        return Blocks.from_map(keep & (stripes | cells & aware[..., None]))
+        return Blocks.from_map(past & (stripes | cells & aware[..., None]))
 
     return Selection(
         select=select,

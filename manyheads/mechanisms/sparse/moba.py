@@ -20,12 +20,14 @@ def reference(q, k, v, *, block_size=512, top_k=3):
         past = k[..., : offset + i + 1, :]
         q_i, own = q[..., i, :], (offset + i) // block_size
         means = [past[..., n * block_size : (n + 1) * block_size, :].mean(-2) for n in range(own)]
-        likes = torch.stack([(q_i * mean).sum(-1) for mean in means], -1) if means else q_i.new_zeros(*q_i.shape[:-1], 0)
+        likes = (
+            torch.stack([(q_i * mean).sum(-1) for mean in means], -1) if means else q_i.new_zeros(*q_i.shape[:-1], 0)
+        )
         best = likes.topk(min(top_k - 1, own), dim=-1).indices
         block = torch.arange(past.shape[-2]) // block_size
         seen = (block == own) | (block[:, None] == best[..., None, :]).any(-1)
         s = (past @ q_i[..., None]).squeeze(-1) / q.shape[-1] ** 0.5
-        out.append((s.masked_fill(~seen, -torch.inf).softmax(-1)[..., None, :] @ v[..., : offset + i + 1, :]))
+        out.append(s.masked_fill(~seen, -torch.inf).softmax(-1)[..., None, :] @ v[..., : offset + i + 1, :])
     return torch.cat(out, -2)
 
 
@@ -55,6 +57,4 @@ def moba(block_size: int = 512, top_k: int = 3) -> Selection:
         keep = torch.zeros_like(likes, dtype=torch.bool).scatter(-1, best.indices, ~best.values.isneginf())
         return Blocks.from_map(keep)
 
-    return Selection(
-        select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size
-    )
+    return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)
