@@ -33,7 +33,7 @@ check: $(STAMP)  ## lint, formatting and types
 	@echo "pyright";     $(BIN)/python -m pyright
 
 docs: $(STAMP)  ## write the pages that are derived from the mechanisms' docstrings
-	@$(BIN)/manyheads docs $(ARGS)
+	@$(BIN)/python docs/generate.py
 
 clean:    ## remove caches and build outputs; .venv and the results of compare stay
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -127,9 +127,7 @@ def list_all(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A mechanism or a cache policy.")], as_json: AsJson = False
-) -> None:
+def show(name: Annotated[str, typer.Argument(help="A mechanism or a cache policy.")], as_json: AsJson = False) -> None:
     """Show one mechanism or cache policy: equation, citation, settings, laws, engines."""
     found = {m.name: m for m in [*_mechanisms(), *_policies()]}
     if name not in found:
@@ -141,7 +139,7 @@ def show(
         _print_json(about)
         return
     console = _console()
-    console.print(f"[bold]{about['name']}[/]  {about['kind']}, {about['family']}, {about['form']}", highlight=False)
+    console.print(_bold(about["name"]), f" {about['kind']}, {about['family']}, {about['form']}")
     typer.echo(f"\n{about['text']}\n")  # equations keep their lines
     table = _table("", "", header=False)
     for word, lines in _facts(about).items():
@@ -271,8 +269,13 @@ def doctor(as_json: AsJson = False) -> None:
         console.print(table)
         table = _table("", "what", "found", "for", "to get it")
         for check in checks:
-            mark = "[green]✓[/]" if check["ok"] else "[red]✗[/]"
-            table.add_row(mark, check["what"], check["found"], check["needed_for"], "" if check["ok"] else check["fix"])
+            table.add_row(
+                "✓" if check["ok"] else "✗",
+                check["what"],
+                check["found"],
+                check["needed_for"],
+                "" if check["ok"] else check["fix"],
+            )
         console.print(table)
     if any(check["required"] and not check["ok"] for check in checks):
         raise typer.Exit(1)
@@ -331,13 +334,11 @@ def _checks() -> list[dict[str, Any]]:
         package("triton", "engine flex on a GPU", extra("triton")),
     ]
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    checks.append(
-        _check("C++ compiler", compiler or "missing", compiler is not None, "engine flex on a CPU", "install g++ or clang")
-    )
-    checks.append(
-        _check("GPU", "CUDA" if torch.cuda.is_available() else "none", torch.cuda.is_available(),
-               "speed; nothing needs it", "a CUDA build of torch, on a machine with a GPU")
-    )  # fmt: skip
+    gpu = torch.cuda.is_available()
+    checks += [
+        _check("C++ compiler", compiler or "missing", bool(compiler), "engine flex on a CPU", "install g++ or clang"),
+        _check("GPU", "CUDA" if gpu else "none", gpu, "speed; nothing needs it", "a CUDA build of torch, and a GPU"),
+    ]
     return checks + [_engine_check(name) for name in _engine_names()]
 
 
@@ -366,7 +367,7 @@ def _engine_check(name: str) -> dict[str, Any]:
     try:
         import_module(f"manyheads.engines.{name}")
     except Exception as error:  # whatever keeps an engine from loading is what is to be told here
-        return _check(f"engine {name}", " ".join(str(error).split()), False, "attention", 'pip install -U "torch>=2.11"')
+        return _check(f"engine {name}", _sentence(error), False, "attention", 'pip install -U "torch>=2.11"')
     return _check(f"engine {name}", "loads", True, "attention", "")
 
 
@@ -426,12 +427,13 @@ def compare(
         raise
     report.write(results, page)
     console = _console()
-    console.print(_results_table(results))
+    console.print(_results_table(results, console.width))
     if results.get("untrained"):
         console.print()
         console.print(_untrained_table(results))
-    console.print(f"\n[bold]{_plain(results.get('answer'))}[/]", highlight=False)
-    console.print(f"\n{_plain(page)}\n{_plain(out / 'compare.json')}", highlight=False)
+    console.print()
+    console.print(_bold(results.get("answer") or ""))
+    typer.echo(f"\n{page}\n{out / 'compare.json'}")
     if open_page:
         typer.launch(page.resolve().as_uri())
 
@@ -441,16 +443,22 @@ def _watching() -> Iterator[Callable[[Any], None]]:
     """Show the table as it fills in, above a bar with the time left; without a terminal, a line for each row."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)
     if not console.is_terminal:
         yield _lines()
         return
     from rich.console import Group as Stack
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                   TimeRemainingColumn(), TextColumn("left"), console=console)  # fmt: skip
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        "left",
+    )
+    bar = Progress(*columns, console=console)
     task = bar.add_task("reading the text and the model", total=None)
 
     with Live(bar, console=console, refresh_per_second=8, transient=True) as live:
@@ -460,7 +468,7 @@ def _watching() -> Iterator[Callable[[Any], None]]:
                 bar.reset(task, total=progress.total, completed=progress.done)
             words = f"{progress.row}: {progress.step}" if progress.step else progress.row or "done"
             bar.update(task, completed=progress.done, description=words)
-            live.update(Stack(_results_table(progress.results), bar))
+            live.update(Stack(_results_table(progress.results, console.width), bar))
 
         yield watch
 
@@ -480,22 +488,36 @@ def _lines() -> Callable[[Any], None]:
     return watch
 
 
-def _results_table(results: dict[str, Any]) -> Any:
-    """The summary table of the page, in the terminal."""
+def _results_table(results: dict[str, Any], width: int) -> Any:
+    """The summary table of the page, in the terminal: what must give way to the width is the first column."""
+    from rich.console import Group as Stack
+    from rich.table import Table
+
     from manyheads.evaluate import report
 
-    heads = [head for _, head, _, _ in report.COLUMNS]
-    table = _table("attention", "memory", *heads)
+    wide = width >= 100
+    keys = [key for key, *_ in report.COLUMNS if wide or key != "density"]
+    heads = {key: head for key, head, *_ in report.COLUMNS}
+    table = Table(box=None, header_style="dim", padding=(0, 2 if wide else 1, 0, 0), pad_edge=False)
+    table.add_column("attention", overflow="fold", min_width=14)
+    table.add_column("memory", no_wrap=True)
+    for key in keys:
+        table.add_column(heads[key], justify="right", no_wrap=True)
+    failed = []
     for row in report.table(results):
         if row["error"]:
-            table.add_row(_plain(row["spec"]), "", f"[red]{_plain(row['error'])}[/]")
+            failed.append(f"{row['spec']}: {row['error']}")
             continue
         cells = []
         for cell in row["cells"]:
-            shown = f"[bold]{cell['text']}[/]" if cell["best"] else cell["text"]
-            cells.append(f"{shown} [dim]{cell['below']}[/]" if cell["key"] == "perplexity" and cell["below"] else shown)
-        table.add_row(_plain(row["spec"]), row["label"], *cells)
-    return table
+            if cell["key"] not in keys:
+                continue
+            text = cell["text"]
+            if cell["key"] == "perplexity" and cell["below"]:
+                text = f"{text} {cell['below']}" if wide else cell["below"]
+            cells.append(_bold(text) if cell["best"] else text)
+        table.add_row(row["spec"], row["label"], *cells)
+    return Stack(table, *failed)
 
 
 def _untrained_table(results: dict[str, Any]) -> Any:
@@ -503,7 +525,7 @@ def _untrained_table(results: dict[str, Any]) -> Any:
 
     table = _table("needs training", "one layer", "first token", "decoding", "cache or state")
     for row in report.untrained(results):
-        table.add_row(_plain(row["title"]), *(cell["text"] for cell in row["cells"]))
+        table.add_row(row["title"], *(cell["text"] for cell in row["cells"]))
     return table
 
 
@@ -514,7 +536,7 @@ def _console() -> Any:
     from rich.console import Console
 
     # A pipe has no width: rows stay whole there, for grep.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _table(*heads: str, header: bool = True) -> Any:
@@ -526,11 +548,10 @@ def _table(*heads: str, header: bool = True) -> Any:
     return table
 
 
-def _plain(text: Any) -> str:
-    """Text in which rich reads no markup."""
-    from rich.markup import escape
+def _bold(text: str) -> Any:
+    from rich.text import Text
 
-    return escape(str(text or ""))
+    return Text(text, style="bold")
 
 
 def _print_json(value: Any) -> None:

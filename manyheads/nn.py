@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manyheads.core.forms import Form, Operand
 from manyheads.core.names import unknown
-from manyheads.dispatch import attention
+from manyheads.dispatch import ENGINES, attention
 from manyheads.mechanisms import get
 
 
@@ -44,6 +44,11 @@ class Attention(nn.Module):
             if name not in found.settings:
                 raise TypeError(unknown(f"setting of {mechanism} or argument of Attention", name, found.settings))
         self.form: Form = found(**settings)
+        for name, size in {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}.items():
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be a positive integer, not {size!r}")
+        if engine not in ("auto", *ENGINES):
+            raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; give head_dim")
         self.head_dim = head_dim or dim // heads
@@ -52,7 +57,7 @@ class Attention(nn.Module):
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide the {self.heads} query heads of {mechanism}")
         self.by_position = self.form.projections.scores_from == "positions"
-        self.mechanism, self.engine = mechanism, engine
+        self.dim, self.mechanism, self.engine = dim, mechanism, engine
         self.rope_theta = None if self.by_position else rope_theta
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; or rope_theta=None")
@@ -72,7 +77,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
         """x [batch, len, dim]; present: bool [batch, len], False where a row is padding. Returns [batch, len, dim]."""
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be a tensor [batch, len, {self.dim}], not {tuple(x.shape)}")
         batch, length, _ = x.shape
+        if present is not None and (present.dtype != torch.bool or present.shape != x.shape[:2]):
+            given = f"{present.dtype} {tuple(present.shape)}"
+            raise ValueError(f"present must be a bool tensor {(batch, length)}, not {given}")
         positions = None if present is None else torch.where(present, present.cumsum(1) - 1, -1)
         if self.by_position:
             q, k = self._from_positions(x, positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 
 import pytest
 import torch
@@ -101,8 +102,11 @@ def test_flex_is_as_exact_as_plain_torch(name, settings, make_inputs):
 
 
 def check_engine(name, settings, engine, dtype, make_inputs):
-    """The error against float64 is at most twice what the equation itself makes in that dtype; a rounding of the
-    largest number comes on top, for the equation may be exact by luck. With the gradients, where the engine has them."""
+    """The error against float64 is at most twice what the equation itself makes in that dtype.
+
+    A rounding of the largest number comes on top, for the equation may be exact by luck. With the gradients, where the
+    engine has them.
+    """
     mechanism = get(name)
     form = mechanism(**settings)
     grad = engine != "flex"
@@ -132,6 +136,25 @@ def check_engine(name, settings, engine, dtype, make_inputs):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
         bound = mechanism.tolerance * (2 * (usual - want).abs().max().item() + rounding)
         assert (have - want).abs().max().item() <= bound
+
+
+@cases(Scores, Selection, Function)
+def test_scale_multiplies_the_scores(name, settings, make_inputs):
+    """Half of the usual scale is what the equation has for four times the channels, three quarters of them zero."""
+    mechanism = get(name)
+    form = mechanism(**settings)
+    x = make_inputs(form, 9, 12, head_dim=4)
+    q, k = (torch.nn.functional.pad(t, (0, 12)) for t in (x.q, x.k))
+    expected = mechanism.reference(q, k, x.v, **settings, **x.operands)
+    close(attention(*x.tensors, form, scale=0.25, **x.operands), expected)
+
+
+@cases(Recurrence)
+def test_scale_multiplies_what_is_read(name, settings, make_inputs):
+    form = get(name)(**settings)
+    x = make_inputs(form, 9, 12, head_dim=4)
+    usual = attention(*x.tensors, form, **x.operands)
+    close(attention(*x.tensors, form, scale=3 * form.default_scale(4), **x.operands), 3 * usual)
 
 
 @pytest.mark.parametrize(("name", "law"), LAWS, ids=label)
@@ -418,44 +441,54 @@ def test_an_operand_may_be_the_same_for_all(name, settings, make_inputs):
 # ---- memory, lse ----
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+class Memory(TorchDispatchMode):
+    """The bytes of all storages that operations made and that are alive: at their peak, and the largest of them."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor):  # an expanded view counts for what it stores
-                self.elements = max(self.elements, min(t.numel(), t.untyped_storage().nbytes() // t.element_size()))
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.alive:
+                storage = t.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, sum(self.alive.values()))
         return result
 
 
 LONG = 3000  # no multiple of any tile
 
 
+def memory(form, length, engine, grad, make_inputs) -> Memory:
+    x = make_inputs(form, length, batch=1, heads=1, head_dim=4, v_head_dim=4, dtype=torch.float32, grad=grad)
+    with Memory() as used:
+        o = attention(*x.tensors, form, engine=engine, **x.operands)
+        if grad:
+            o.sum().backward()
+    return used
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @cases(Scores, Selection, Recurrence)
 def test_memory_is_linear(name, settings, engine, grad, make_inputs):
-    """No tensor comes near q_len x kv_len: a chunk of queries at a time."""
+    """Twice the length takes twice the memory, what waits for the backward pass included."""
     mechanism = get(name)
-    form = mechanism(**(mechanism.at(LONG) if mechanism.at and isinstance(mechanism(), Selection) else settings))
-    x = make_inputs(form, LONG, batch=1, heads=1, head_dim=4, v_head_dim=4, dtype=torch.float32, grad=grad)
-    with Largest() as seen:
-        o = attention(*x.tensors, form, engine=engine, **x.operands)
-        if grad:
-            o.sum().backward()
-    assert seen.elements <= 256 * LONG * 1.1
+    form = mechanism(**(mechanism.at(LONG) if isinstance(mechanism(), Selection) else settings))
+    few, many = (memory(form, length, engine, grad, make_inputs) for length in (LONG // 2, LONG))
+    assert many.peak <= 2.3 * few.peak
+    assert many.largest <= LONG * LONG * 4 / 4, "no matrix of scores, nor a quarter of one"
 
 
 def test_a_window_computes_its_window_only(make_inputs):
-    """Not even a chunk of queries against all keys."""
-    form = get("sliding_window")(window=100, sinks=2)
-    x = make_inputs(form, LONG, batch=1, heads=1, head_dim=4, v_head_dim=4, dtype=torch.float32, grad=True)
-    with Largest() as seen:
-        attention(*x.tensors, form, engine="eager").sum().backward()
-    assert seen.elements <= 256 * (256 + 100 + 3 * 128)
+    """Not a chunk of queries against all keys, nor half of that."""
+    used = memory(get("sliding_window")(window=100, sinks=2), LONG, "eager", True, make_inputs)
+    assert used.largest <= 256 * LONG * 4 / 2
 
 
 @cases(Scores, Selection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -34,12 +33,13 @@ def _checked(budget: Any, least: int) -> Budget:
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise ValueError(f"budget must be {wanted}, not {budget!r}")
     if isinstance(budget, Integral):
-        if budget < least:
+        if int(budget) < least:
             raise ValueError(f"budget must be {wanted}, not {budget!r}")
         return int(budget)
-    if not (math.isfinite(budget) and 0 < budget <= 1):  # NaN too
+    share = float(budget)
+    if not 0 < share <= 1:  # NaN too
         raise ValueError(f"budget must be {wanted}, not {budget!r}")
-    return float(budget)
+    return share
 
 
 def tokens(budget: Budget, lengths: Tensor, least: int = 1) -> Tensor:

@@ -158,7 +158,10 @@ class Recurrence(Form):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sum(Form):
-    """o = sum of gate * part. gates: for each part the name of an operand "batch heads len", or None for 1."""
+    """o = sum of gate * part, each part with its own scale; a scale that the caller gives changes all in proportion.
+
+    gates: for each part the name of an operand "batch heads len", or None for 1.
+    """
 
     parts: tuple[Form, ...]
     gates: tuple[str | None, ...]

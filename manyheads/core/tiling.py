@@ -6,8 +6,9 @@ empty or full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,21 +18,25 @@ from manyheads.core.forms import Blocks, Scores, Selection
 from manyheads.core.inputs import Inputs, Positions, as_rows
 
 KEY_TILE = 128
-QUERY_TILE = 256
+QUERY_TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Queries `rows` need the keys `columns`; `allowed` [batch | 1, heads | 1, rows, columns], or None for all.
-
-    i [batch | 1, 1, rows, 1] and j [batch | 1, 1, 1, columns] are their positions.
-    """
+    """Queries `rows` need the keys `columns`; i [batch | 1, 1, rows, 1] and j [batch | 1, 1, 1, columns] are their
+    positions."""
 
     rows: slice
     columns: slice | Tensor
-    allowed: Tensor | None
     i: Tensor
     j: Tensor
+    make_mask: Callable[[Tensor, Tensor], Tensor | None]
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """[batch | 1, heads | 1, rows, columns], or None for all. Made anew each time it is read: the masks of all
+        chunks that wait for a backward pass would be quadratic in length."""
+        return self.make_mask(self.i, self.j)
 
     def pick(self, x: Tensor) -> Tensor:
         """The chunk's keys or values of x [batch, kv_heads, kv_len, dim]."""
@@ -57,23 +62,29 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
         i, j = q_rows[:, None, rows, None], kv_rows[:, None, None, :]
         row = tiles[:, :, start // size]
         needed = (row != EMPTY).flatten(0, 1).any(0)
-        keep = None
         if chosen is not None:
-            keep = chosen.rows(i)
-            needed = needed & chosen.tiles(keep)
+            needed = needed & chosen.tiles(i)
         columns = _columns(needed, x.kv_len, device)
         if columns is None:
             continue
         j = j[..., columns]
         full = bool((row[..., needed] == FULL).all())
-        allowed = None if full else _mask(program, b, h, i, j, operands)
-        if chosen is not None and keep is not None:
-            picked = keep.gather(-1, (j // chosen.key_block).expand(*keep.shape[:-1], -1))
-            allowed = picked if allowed is None else allowed & picked
-        yield Chunk(rows, columns, allowed, i, j)
+        yield Chunk(rows, columns, i, j, partial(_mask, None if full else program, chosen, b, h, operands))
 
 
-def _mask(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: dict[str, Tensor]) -> Tensor:
+def _mask(
+    program: Program | None, chosen: _Chosen | None, b: Tensor, h: Tensor, operands: dict[str, Tensor],
+    i: Tensor, j: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """What a program allows (everything if None) of what was chosen (everything if None)."""
+    allowed = None if program is None else _allowed(program, b, h, i, j, operands)
+    if chosen is None:
+        return allowed
+    picked = chosen.keys(i, j)
+    return picked if allowed is None else allowed & picked
+
+
+def _allowed(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: dict[str, Tensor]) -> Tensor:
     """The mask over the heads and batches that it depends on; absent tokens see nothing and are not seen."""
     depends = program.mask_depends
     seen = program.mask(
@@ -136,13 +147,18 @@ class _Chosen:
     key_block: int
     kv_len: int
 
-    def rows(self, i: Tensor) -> Tensor:
+    def _rows(self, i: Tensor) -> Tensor:
         """bool [batch, heads, rows, key blocks] of the queries at positions i [1, 1, rows, 1]."""
         return self.blocks[:, :, (i.flatten() // self.query_block) - self.first]
 
-    def tiles(self, keep: Tensor) -> Tensor:
-        """Which key tiles hold a key of a chosen block."""
-        blocks = keep.flatten(0, 2).any(0).cpu()
+    def keys(self, i: Tensor, j: Tensor) -> Tensor:
+        """bool [batch, heads, rows, columns]: whether the block of key j [1, 1, 1, columns] was chosen for query i."""
+        rows = self._rows(i)
+        return rows.gather(-1, (j // self.key_block).expand(*rows.shape[:-1], -1))
+
+    def tiles(self, i: Tensor) -> Tensor:
+        """Which key tiles hold a key of a block that was chosen for one of the queries i."""
+        blocks = self._rows(i).flatten(0, 2).any(0).cpu()
         keys = blocks[torch.arange(self.kv_len) // self.key_block]
         padded = torch.nn.functional.pad(keys, (0, -self.kv_len % KEY_TILE))
         return padded.view(-1, KEY_TILE).any(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
-from manyheads.core.inputs import Inputs, as_rows
+from manyheads.core.inputs import Inputs, Positions, as_rows
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
 
 
@@ -95,8 +95,9 @@ def _attend(
     sign = s.sign() if form.normaliser == "signed" else None
     if sign is not None:
         s = s.abs()
-    if chunk.allowed is not None:
-        s = s.masked_fill(~chunk.allowed, -torch.inf)
+    allowed = chunk.allowed
+    if allowed is not None:
+        s = s.masked_fill(~allowed, -torch.inf)
     top = s.detach().amax(-1, keepdim=True)
     top = torch.where(top.isneginf(), 0.0, top)
     p = (s - top).exp()
@@ -116,17 +117,17 @@ def _attend(
 def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
     """Chunk by chunk; within a chunk only differences of log decays are exponentiated, so nothing overflows."""
     wide = torch.promote_types(x.q.dtype, torch.float32)
-    q = form.query_feature(x.q.to(wide)) * x.scale
-    k, v = _to_heads(x.k.to(wide), x.heads), _to_heads(x.v.to(wide), x.heads)
-    here = _present(x)
+    asks, here = _present(x.q_positions, x), _present(x.kv_positions, x)
+    # Absent tokens may hold anything, and a feature may make infinity of it, or NaN.
+    q, k, v = _zeroed(x.q.to(wide), asks), _zeroed(x.k.to(wide), here), _zeroed(x.v.to(wide), here)
+    q = form.query_feature(q) * x.scale
+    k, v = _to_heads(k, x.heads), _to_heads(v, x.heads)
     if not form.causal:
-        return _reduce(form, q, k, v, here, x)
-    k = form.key_feature(k)
+        return _reduce(form, q, k, v, here, asks, x)
+    k = _zeroed(form.key_feature(k), here)  # an absent token writes nothing and lets nothing decay
     q = torch.nn.functional.pad(q, (0, 0, x.kv_len - x.q_len, 0))  # the queries are the last ones: read those alone
     g, beta = _decay(form, x, wide), x.operands.get("beta")
-    if here is not None:  # an absent token writes nothing and lets nothing decay
-        k, v = k * here, v * here
-        g = None if g is None else g * here
+    g = None if g is None else _zeroed(g, here)
     outputs = []
     state = x.state.to(wide) if x.state is not None else q.new_zeros(x.batch, x.heads, k.shape[-1], x.v_head_dim)
     size = 16 if g is not None and g.shape[-1] > 1 else 64  # a vector decay holds size x size x head_dim numbers
@@ -141,7 +142,7 @@ def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
     if not outputs:
         return _nothing(x), state
     o = torch.cat(outputs, 2)[:, :, x.kv_len - x.q_len :]
-    return _without_absent(o, x).to(x.q.dtype), state
+    return _zeroed(o, asks).to(x.q.dtype), state
 
 
 def _step(
@@ -176,17 +177,14 @@ def _step(
     return o, kept + gone.mT @ v
 
 
-def _reduce(form: Recurrence, q: Tensor, k: Tensor, v: Tensor, here: Tensor | None, x: Inputs) -> tuple[Tensor, Tensor]:
+def _reduce(
+    form: Recurrence, q: Tensor, k: Tensor, v: Tensor, here: Tensor | None, asks: Tensor | None, x: Inputs
+) -> tuple[Tensor, Tensor]:
     """Not causal: one state for all queries."""
-    if here is not None:
-        k = k.masked_fill(here == 0, -torch.inf) if form.key_softmax else k
     if form.key_softmax:
-        k = k.softmax(2).nan_to_num(0.0) if here is not None else k.softmax(2)
-    k = form.key_feature(k)
-    if here is not None:
-        k, v = k * here, v * here
-    state = k.mT @ v
-    return _without_absent(q @ state, x).to(x.q.dtype), state
+        k = k.softmax(2) if here is None else k.masked_fill(~here, -torch.inf).softmax(2).nan_to_num(0.0)
+    state = _zeroed(form.key_feature(k), here).mT @ v
+    return _zeroed(q @ state, asks).to(x.q.dtype), state
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
@@ -194,20 +192,13 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x
 
 
-def _present(x: Inputs) -> Tensor | None:
-    """[batch, 1, kv_len, 1], 1 where a token is, or None if all are."""
-    if isinstance(x.kv_positions, range):
-        return None
-    return (as_rows(x.kv_positions, x.k.device) >= 0)[:, None, :, None].to(
-        torch.promote_types(x.q.dtype, torch.float32)
-    )
+def _present(positions: Positions, x: Inputs) -> Tensor | None:
+    """bool [batch | 1, 1, len, 1], where a token is, or None if all are."""
+    return None if isinstance(positions, range) else (as_rows(positions, x.q.device) >= 0)[:, None, :, None]
 
 
-def _without_absent(o: Tensor, x: Inputs) -> Tensor:
-    """Zeros for absent queries."""
-    if isinstance(x.q_positions, range):
-        return o
-    return o * (as_rows(x.q_positions, o.device) >= 0)[:, None, :, None]
+def _zeroed(t: Tensor, here: Tensor | None) -> Tensor:
+    return t if here is None else torch.where(here, t, 0.0)
 
 
 def _decay(form: Recurrence, x: Inputs, wide: torch.dtype) -> Tensor | None:
@@ -228,8 +219,10 @@ def _sum(form: Sum, x: Inputs) -> Tensor:
     total = None
     for part, gate in zip(form.parts, form.gates, strict=True):
         own = {name: x.operands[name] for name in part.operands}
-        o, _ = run(part, x.with_(operands=own))
-        o = o if gate is None else o * x.operands[gate][..., None].to(o.dtype)
+        scale = x.scale / form.default_scale(x.q.shape[3]) * part.default_scale(x.q.shape[3])
+        o, _ = run(part, x.with_(operands=own, scale=scale))
+        if gate is not None:  # the queries' own gates: queries are a row's last tokens
+            o = o * x.operands[gate][:, :, x.kv_len - x.q_len :, None].to(o.dtype)
         total = o if total is None else total + o
     if total is None:
         raise ValueError("a Sum needs at least one part")

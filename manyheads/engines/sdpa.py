@@ -1,7 +1,7 @@
 """torch's scaled_dot_product_attention, over the keys that intervals and block lists leave.
 
 Grouped heads are folded into the queries instead of repeating keys; a mask is built for partial tiles only, a chunk of
-queries at a time.
+queries at a time, and once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
@@ -40,9 +41,10 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     if isinstance(form, Scores) and not form.program.has_mask and not x.ragged:
         return _grouped(x, is_causal=False), None
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
+    again = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
     for chunk in chunks(form, x):
-        o[:, :, chunk.rows] = _folded(x, chunk)
-    if torch.is_grad_enabled() and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
+        o[:, :, chunk.rows] = checkpoint(_folded, x, chunk, use_reentrant=False) if again else _folded(x, chunk)
+    if again and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
         o = o + 0 * (x.q.sum() + x.k.sum() + x.v.sum())
     return o, None
 

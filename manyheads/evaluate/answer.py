@@ -19,7 +19,7 @@ def keeps_quality(row: dict[str, Any], dense: dict[str, Any]) -> bool:
 
 
 def gain(row: dict[str, Any], dense: dict[str, Any], speed: str) -> float | None:
-    """How many times as fast as dense; None if the two runs' spreads overlap, or if no memory is saved by design."""
+    """How many times as fast as dense, or None if the spreads of the two overlap."""
     ours, theirs = row["speed"][speed], dense["speed"][speed]
     if speed == "prefill_s":
         return theirs["median"] / ours["median"] if ours["max"] < theirs["min"] else None
@@ -41,7 +41,7 @@ def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def answer(results: dict[str, Any]) -> str:
     """One or two sentences. Also sets results["winner"], the winning row's spec or None."""
-    rows = results["rows"]
+    rows = [row for row in results["rows"] if not row.get("error")]
     results["winner"] = None
     if len(rows) < 2:
         return ""

@@ -35,10 +35,13 @@ def bench(
 
     def measure_row(spec: Spec) -> tuple[dict[str, Any], bool]:
         untrained = spec.kind == "mechanism" and get(spec.name).trained
-        row = _row(spec, results["model"]["layers"])
+        row = _row(spec)
         if untrained:
             _measure_untrained(row, spec, model, material, tensors, repeats, say)
             return row, True
+        row["error"] = _refusal(model, spec)
+        if row["error"]:
+            return row, False
         with _applied(model, spec) as applied:
             row["label"] = applied.label if applied else "dense"
             _measure(row, spec, model, material, dense, repeats, say)
@@ -50,7 +53,7 @@ def bench(
     return measure_row
 
 
-def _row(spec: Spec, layers: int) -> dict[str, Any]:
+def _row(spec: Spec) -> dict[str, Any]:
     from manyheads.cache import policies
 
     known = {"mechanism": get, "policy": policies.get}.get(spec.kind)
@@ -67,6 +70,15 @@ def _row(spec: Spec, layers: int) -> dict[str, Any]:
         "notes": [],
         "error": None,
     }
+
+
+def _refusal(model: Any, spec: Spec) -> str | None:
+    """Why a mechanism or policy cannot be put into this model, in a sentence; None if it can."""
+    try:
+        with _applied(model, spec):
+            return None
+    except (NotImplementedError, ValueError) as error:
+        return str(error)
 
 
 @contextmanager
@@ -172,8 +184,9 @@ def _measure_untrained(
         call()
         row["layer_ms"] = measure.spread([1000 * measure.timed(call, q.device)[1] for _ in range(repeats)])
     row["speed"] = row["memory"] = None
-    if not isinstance(form, Recurrence) or not form.causal:
-        row["notes"].append("measured as one layer's attention: it cannot stand in a trained causal model")
+    why = _refusal(model, spec) if isinstance(form, Recurrence) else "it is measured as one layer's attention"
+    if why:
+        row["notes"].append(why)
         say(str(spec), "timing")
         return
     with _applied(model, spec) as applied:

@@ -16,7 +16,7 @@ import torch
 
 from manyheads.evaluate import measure, models, results, texts
 from manyheads.evaluate.bench import STEPS, bench
-from manyheads.evaluate.specs import DENSE, Spec, defaults, parse_list
+from manyheads.evaluate.specs import DENSE, Spec, defaults, fit, parse_list
 from manyheads.mechanisms import get
 
 REST = 256  # tokens that are scored after the prompt
@@ -75,7 +75,7 @@ def run(
     torch.manual_seed(seed)
     length = _context(context, loaded, content)
     material = _material(loaded, content, length)
-    specs = [DENSE, *(s for s in asked if s != DENSE)] if asked else defaults(length)
+    specs = [DENSE, *(fit(s, length) for s in asked if s != DENSE)] if asked else defaults(length)
     _check_settings(specs, loaded)
     about = {"name": content.name, "sha256": content.sha256, "tokens": _count(loaded, content)}
     found = results.start(folder, loaded, about, length, REST, seed, repeats, fresh)

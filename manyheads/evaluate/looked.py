@@ -34,10 +34,11 @@ def looked(form: Form, q: Tensor, k: Tensor, cells: int = 32) -> Looked | None:
     seen, possible = torch.zeros(cells, cells, dtype=torch.float64), torch.zeros(cells, cells, dtype=torch.float64)
     for chunk in chunks(form, x):
         columns = torch.arange(n)[chunk.columns.cpu() if isinstance(chunk.columns, Tensor) else chunk.columns]
-        if chunk.allowed is None:
+        allowed = chunk.allowed
+        if allowed is None:
             share = torch.ones(chunk.rows.stop - chunk.rows.start, len(columns), dtype=torch.float64)
         else:
-            share = chunk.allowed.double().mean((0, 1)).expand(chunk.rows.stop - chunk.rows.start, -1).cpu()
+            share = allowed.double().mean((0, 1)).expand(chunk.rows.stop - chunk.rows.start, -1).cpu()
         _add(seen, share, cell[chunk.rows], cell[columns])
     for start in range(0, n, 1024):
         rows = torch.arange(start, min(start + 1024, n))

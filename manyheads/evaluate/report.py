@@ -28,7 +28,7 @@ LABELS = {
     "freed": "What is dropped is really gone: the cache is smaller by the bytes shown.",
     "masked": "What is not looked at stays in memory all the same: no memory is saved and none is claimed.",
     "dense": "The whole cache is kept and looked at, as plain attention does.",
-    "simulated": "The effect on quality is real; the saving is computed, and would need code that this run did not use.",
+    "simulated": "The effect on quality is real; the saving is computed: it would need code that this run has not.",
 }
 
 
@@ -79,7 +79,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "context": _count(results.get("context")),
         "text_name": (results.get("text") or {}).get("name") or "",
         "command": results.get("command") or "manyheads compare",
-        "unfinished": None if complete else _unfinished(done, results),
+        "unfinished": None if complete else _unfinished(rows, results),
         "columns": [{"key": key, "head": head, "means": means} for key, head, means, _ in COLUMNS],
         "rows": rows,
         "labels": {name: LABELS[name] for name in LABELS if any(row["label"] == name for row in rows)},
@@ -98,7 +98,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the summary with their colour, marker and cells; dense first, for it is what the others are measured against."""
+    """The rows of the summary with colour, marker and cells; dense, which the others are measured against, first."""
     raw = sorted(results.get("rows") or [], key=lambda row: row.get("kind") != "dense")
     names = [row.get("name") or row.get("id") or "?" for row in raw]
     rows, painted = [], 0
@@ -174,9 +174,7 @@ def _values(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str
         "cache": _number(_at(raw, "memory", "cache_bytes")),
         "prefill_up": _divide(_median(_at(base, "speed", "prefill_s")), _median(prefill)) if claims else None,
         "decode_up": _divide(_median(decode), _median(_at(base, "speed", "decode_tokens_per_s"))) if claims else None,
-        "cache_share": _divide(
-            _number(_at(raw, "memory", "cache_bytes")), _number(_at(base, "memory", "cache_bytes"))
-        ),
+        "cache_share": _divide(_number(_at(raw, "memory", "cache_bytes")), _number(_at(base, "memory", "cache_bytes"))),
         "label": _at(raw, "memory", "label") or row["label"],
         "claims": claims,
     }
@@ -186,12 +184,15 @@ COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     # key, head, what it means, which way is better
     ("density", "saw", "Share of the keys a dense model looks at that were looked at", ""),
     ("perplexity", "perplexity", "Of the text after the prompt; lower is better", "low"),
-    ("kl", "KL", "Kullback-Leibler divergence of the next-token distribution from dense, in nats; lower is better", "low"),
+    ("kl", "KL", "Divergence of the next token's distribution from that of dense, in nats; lower is better", "low"),
     ("needle", "needles", "Share of hidden facts that were answered; higher is better", "high"),
     ("prefill", "first token", "Seconds to read the prompt; median, and least to greatest; lower is better", "low"),
     ("decode", "decoding", "Tokens a second after the prompt; median, and least to greatest; higher is better", "high"),
     ("cache", "cache", "Bytes of the cache after the prompt; 1 MB is 1,000,000 bytes; lower is better", "low"),
 )  # fmt: skip
+
+
+KEPT = "a policy looks at all that it kept"
 
 
 def _cells(rows: list[dict[str, Any]], complete: bool) -> None:
@@ -200,8 +201,7 @@ def _cells(rows: list[dict[str, Any]], complete: bool) -> None:
         v = row["values"]
         why = "not measured" if complete else "not measured yet"
         row["cells"] = [
-            _cell("density", _percent(v["density"]), "", v["density"],
-                  "a policy looks at all that it kept" if row["kind"] == "policy" else why),
+            _cell("density", _percent(v["density"]), "", v["density"], KEPT if row["kind"] == "policy" else why),
             _cell("perplexity", _figures(v["perplexity"]), _times(v["ratio"], row), v["perplexity"], why),
             _cell("kl", _figures(v["kl"], 2), "", v["kl"], why),
             _cell("needle", _percent(v["needle"]), _found(row), v["needle"], why),
@@ -227,11 +227,17 @@ def _cell(key: str, text: str | None, below: str | None, sort: float | None, why
 
 
 def _best(rows: Iterable[dict[str, Any]], key: str, better: str) -> list[dict[str, Any]]:
-    """The best rows but dense, and those that the spread of their runs does not tell from the best. Speed and memory
-    are only for rows that may claim them; if all are best, none is."""
-    able = [row for row in rows if row["kind"] != "dense" and not row["error"] and row["values"][key] is not None]
-    able = [row for row in able if key not in ("prefill", "decode") or row["values"]["claims"]]
-    able = [row for row in able if key != "cache" or row["values"]["label"] == "freed"]
+    """The best rows, and those that the spread of their runs does not tell from the best; none if all are.
+
+    Dense is out of the running for quality, which is measured against it, and a row for what it may not claim.
+    """
+    able = [row for row in rows if not row["error"] and row["values"][key] is not None]
+    if key in ("perplexity", "kl", "needle"):
+        able = [row for row in able if row["kind"] != "dense"]
+    elif key == "cache":
+        able = [row for row in able if row["kind"] == "dense" or row["values"]["label"] == "freed"]
+    else:
+        able = [row for row in able if row["values"]["claims"]]
     if len(able) < 2:
         return []
 
@@ -386,7 +392,7 @@ def _trade_figure(figure: Any, points: list[tuple[dict, dict, float]], title: st
     pad = 0.1 * (high - low) or 0.05
     left, right = min(x["min"] for _, x, _ in points), max(x["max"] for _, x, _ in points)
     margin = 0.08 * (right - left) or 0.1 * right
-    figure.update_xaxes(title=title, range=[left - margin, right + margin], nticks=6)
+    figure.update_xaxes(title=title, range=[max(left - margin, 0), right + margin], nticks=6)
     figure.update_yaxes(title="perplexity ÷ dense", range=[high + pad, low - pad], nticks=6)
     figure.add_hline(y=1, line={"color": GREY, "width": 1, "dash": "dot"}, layer="below")
     figure.add_annotation(
@@ -398,8 +404,7 @@ def _trade_figure(figure: Any, points: list[tuple[dict, dict, float]], title: st
 
 def _ceiling(ratios: Sequence[float]) -> float:
     """The greatest ratio that a chart shows to scale: one that is far worse than most would press them into a line."""
-    usual = sorted(ratios)[round(0.75 * (len(ratios) - 1))] - 1
-    ceiling = 1 + max(0.1, 2.5 * usual)
+    ceiling = 1 + max(0.1, 2.5 * (sorted(ratios)[round(0.75 * (len(ratios) - 1))] - 1))
     return ceiling if max(ratios) - 1 > 1.5 * (ceiling - 1) else math.inf
 
 
@@ -408,13 +413,13 @@ def _position(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[di
     spans = {id(row): _spans(_at(row["raw"], "quality", "by_position"), "perplexity") for row in rows}
     dense = next((dict(spans[id(row)]) for row in rows if row["kind"] == "dense"), {})
     relative = [
-        (row, [(x, ratio) for x, y in spans[id(row)] if (ratio := _divide(y, dense.get(x))) is not None]) for row in rows
+        (row, [(x, r) for x, y in spans[id(row)] if (r := _divide(y, dense.get(x))) is not None]) for row in rows
     ]
     relative = [(row, points) for row, points in relative if points]
     plain = [(row, spans[id(row)]) for row in rows if spans[id(row)]]
     context, title = results.get("context"), "perplexity ÷ dense"
     views = [_lines("against dense", relative, title, context), _lines("as it is", plain, "perplexity", context)]
-    ceiling = _ceiling([y for _, points in relative for _, y in points] or [1])
+    ceiling = _ceiling([max(y for _, y in points) for _, points in relative] or [1])
     if math.isfinite(ceiling):
         views[0]["label"] = "whole range"
         near = _lines("near dense", relative, title, context, ceiling)
@@ -497,7 +502,8 @@ def _lines(
             pad = 0.06 * (ceiling - min(values))
             figure.update_yaxes(range=[min(values) - pad, ceiling + pad])
         elif decades > 0.9:
-            figure.update_yaxes(type="log", exponentformat="power", dtick="D2" if decades < 2 else round(decades / 4) or 1)
+            step = "D2" if decades < 2 else round(decades / 4) or 1
+            figure.update_yaxes(type="log", exponentformat="power", dtick=step)
         last = max(x for _, points in lines for x, _ in points)
         if isinstance(context, int | float) and 0 < context < last:
             figure.add_vline(x=context, line={"color": "var(--faint)", "width": 1, "dash": "dot"})
@@ -513,7 +519,8 @@ def _needle(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict
     """Rows are mechanisms, columns the depth of the needle; a cell says how many were found there."""
     figure = _go().Figure()
     asked = [row for row in rows if _at(row["raw"], "quality", "needle")]
-    depths = sorted({n["depth"] for row in asked for n in row["raw"]["quality"]["needle"] if n.get("depth") is not None})
+    given = {needle.get("depth") for row in asked for needle in row["raw"]["quality"]["needle"]}
+    depths = sorted(given - {None})
     z, words, hover = [], [], []
     for row in asked:
         shares, marks, tips = [], [], []
@@ -523,7 +530,9 @@ def _needle(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict
             shares.append(found / len(here) if here else None)
             marks.append("" if not here else f"{found}/{len(here)}" if len(here) > 1 else "✓" if found else "✗")
             tips.append(f"<b>{_safe(row['spec'])}</b><br>depth {_percent(depth)}: {_told(here)}")
-        z.append(shares), words.append(marks), hover.append(tips)
+        z.append(shares)
+        words.append(marks)
+        hover.append(tips)
     if depths:
         figure.add_heatmap(
             z=z, x=[f"{100 * depth:.0f}" for depth in depths], y=[row["axis"] for row in asked],
@@ -554,31 +563,26 @@ def _memory(rows: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict
     figure = _go().Figure()
     held = sorted((row for row in rows if row["values"]["cache"] is not None), key=lambda row: -row["values"]["cache"])
     if held:
-        values = [row["values"]["cache"] for row in held]
-        figure.add_bar(
-            orientation="h",
-            y=[row["axis"] for row in held],
-            x=values,
-            text=[_held(row) for row in held],
-            textposition="outside",
-            textfont={"color": "var(--ink)"},
-            cliponaxis=False,
-            constraintext="none",
-            marker={
-                "color": [row["colour"] for row in held],
-                "pattern": {
-                    "shape": ["/" if row["values"]["label"] == "masked" else "" for row in held],
-                    "fillmode": "overlay",
-                    "fgcolor": "var(--page)",
-                    "fgopacity": 0.45,
-                    "size": 6,
-                },
-            },
-            hovertemplate="<b>%{y}</b><br>%{text}<extra></extra>",
-        )
-        figure.update_xaxes(visible=False, range=[0, 1.9 * (max(values) or 1)])  # the rest is for the figures
+        for row in held:
+            figure.add_bar(
+                orientation="h",
+                y=[row["axis"]],
+                x=[row["values"]["cache"]],
+                text=[_held(row)],
+                textposition="outside",
+                textfont={"color": "var(--ink)"},
+                cliponaxis=False,
+                constraintext="none",
+                marker={"color": row["colour"]},
+                hovertemplate="<b>%{y}</b><br>%{text}<extra></extra>",
+            )
+            if row["values"]["label"] == "masked":
+                hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": "var(--page)", "fgopacity": 0.45, "size": 6}
+                figure.data[-1].marker.pattern = hatch
+        room = 1.9  # behind the longest bar, for its figure
+        figure.update_xaxes(visible=False, range=[0, room * (held[0]["values"]["cache"] or 1)])
     figure.update_yaxes(automargin=True, showgrid=False, type="category", ticks="")
-    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 8}, bargap=0.28)
+    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 8}, bargap=0.28, barmode="overlay")
     return [_view("", figure, height=_height(held, 20))]
 
 
@@ -642,8 +646,8 @@ def _no_answer(rows: Sequence[Mapping[str, Any]]) -> str:
     return "Nothing has been measured yet but dense attention" if rows else "Nothing has been measured yet"
 
 
-def _unfinished(done: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
-    count, planned = len(done) + len(results.get("untrained") or []), len(results.get("asked") or [])
+def _unfinished(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    count, planned = len(rows) + len(results.get("untrained") or []), len(results.get("asked") or [])
     if planned:
         return f"This run has not finished: {count} of {planned} rows are here."
     return f"This run has not finished: {count} row{' is' if count == 1 else 's are'} here."
@@ -694,14 +698,14 @@ def _method(results: Mapping[str, Any]) -> list[tuple[str, str]]:
          "dropped what it drops; × is the ratio to dense on the same tokens. It is the same at each run."),
         ("KL", "how far the next-token distribution is from that of the dense model on the same tokens, in nats: "
          "0 means that the two agree. It sees changes that perplexity averages away."),
-        ("Needles", "facts hidden in the prompt at several depths, asked for at its end: found if greedy decoding would "
-         "give the answer. The questions come after the prompt was read and the cache was cut."),
+        ("Needles", "facts hidden in the prompt at several depths, asked for at its end: found if greedy decoding "
+         "gives the answer. The questions come after the prompt was read and the cache was cut."),
         ("First token", f"seconds to read the prompt: {times}, with the least and the greatest below."),
-        ("Decoding", f"tokens a second after the prompt, one at a time: {times}, with the least and the greatest below."),
+        ("Decoding", f"tokens a second after the prompt, one by one: {times}, with the least and the greatest below."),
         ("Cache", "the bytes that the cache holds after the prompt, counted from its tensors. The label says whether "
          "what was dropped is really gone."),
-        ("Bold", "the best in its column, and those that the spread of the runs does not tell from it. Dense is what "
-         "the others are measured against, so it is never bold."),
+        ("Bold", "the best in its column, and those that the spread of the runs does not tell from it. Dense "
+         "competes in speed and memory alone."),
     ]  # fmt: skip
     return told + [("Also", str(note)) for note in results.get("notes") or []]
 

@@ -88,15 +88,21 @@ def _check(name: str, settings: dict[str, Any]) -> Spec:
     return Spec(name, kind, settings)
 
 
-def defaults(context: int) -> list[Spec]:
-    """Dense, every mechanism that a trained model can take, every policy at a quarter, then those that need training.
+def fit(spec: Spec, context: int) -> Spec:
+    """A spec without settings gets those for a context of that many tokens: papers' defaults are made for longer ones."""
+    if spec.kind == "policy" and "budget" not in spec.settings and spec.name != "keep_all":
+        return Spec(spec.name, spec.kind, {**spec.settings, "budget": context // 4})
+    if spec.kind == "mechanism" and not spec.settings and (at := get(spec.name).at):
+        return Spec(spec.name, spec.kind, dict(at(context)))
+    return spec
 
-    Settings are for a context of that many tokens, since the papers' defaults are made for longer ones.
-    """
+
+def defaults(context: int) -> list[Spec]:
+    """Dense, every mechanism that a trained model can take, every policy, then those that need training."""
     from manyheads.cache import policies
 
-    found = [Spec(name, "mechanism", dict(at(context)) if (at := get(name).at) else {}) for name in names()]
+    found = [Spec(name, "mechanism") for name in names()]
     able = [s for s in found if not get(s.name).trained and get(s.name).causal and s.name != "causal"]
     untrained = [s for s in found if get(s.name).trained]
-    kept = [Spec(name, "policy", {"budget": context // 4}) for name in policies.names() if name != "keep_all"]
-    return [DENSE, *able, *kept, *untrained]
+    kept = [Spec(name, "policy") for name in policies.names() if name != "keep_all"]
+    return [DENSE, *(fit(spec, context) for spec in (*able, *kept, *untrained))]

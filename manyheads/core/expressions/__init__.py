@@ -2,8 +2,8 @@
 
 A mask(b, h, i, j) -> bool and a score(s, b, h, i, j) -> float are written for one element: batch, head and absolute
 query and key position, and for a score the scaled product s. `trace` turns them into a Program, which runs on tensors,
-says which tiles of a score matrix are empty or full without building a mask, and has a key that is stable under what
-does not change the code: `window` may be 128 or 4096.
+writes kernels' text, has derivatives, says which tiles of a score matrix are empty or full without building a mask, and
+has a key that is stable under what does not change the code: `window` may be 128 or 4096.
 
     def mask(b, h, i, j): return 0 <= i - j < window
     def score(s, b, h, i, j, forget): return s + forget[b, h, i] - forget[b, h, j]
@@ -16,17 +16,19 @@ then clamped, so that what lies beside the data can be computed and thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyheads.core.expressions.derive import derive
 from manyheads.core.expressions.ops import OPS, gather, widened
+from manyheads.core.expressions.source import Source, Tables, make_source
 from manyheads.core.expressions.tiles import EMPTY, FULL, PARTIAL, classify
-from manyheads.core.expressions.trace import Graph, TraceError, fold, kind_of, schedule, trace_graph
+from manyheads.core.expressions.trace import Gradient, Graph, TraceError, fold, kind_of, schedule, trace_graph
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "Program", "TraceError", "trace"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Gradient", "Program", "Source", "TraceError", "trace"]
 
 Number = int | float | Tensor
 
@@ -54,6 +56,7 @@ class Program:
     key: 16 hexadecimal digits, equal for programs that differ in numbers and tensors alone.
     mask_depends, score_depends: the letters among b, h, i, j, s that the results depend on.
     operand_names: the operands that are read, in declared order.
+    gradients: of a program that `derivative` gave: where the score reads floats, and its derivatives by them.
     """
 
     def __init__(self, graph: Graph, numbers: tuple[Number, ...], tensors: tuple[Tensor, ...]):
@@ -63,7 +66,11 @@ class Program:
         self.key = graph.key
         self.has_mask = graph.mask is not None
         self.has_score = graph.score is not None
-        self._constants = _constants(graph, numbers)
+        self.gradients = graph.gradients
+        self.tables = Tables(tensors)
+        self._derivative: Program | None = None
+        self._sources: dict[Any, Source] = {}
+        self.constants = _constants(graph, numbers)
 
     def __repr__(self) -> str:
         parts = [name for name, has in (("mask", self.has_mask), ("score", self.has_score)) if has]
@@ -96,10 +103,21 @@ class Program:
         """
         if self.graph.score is None:
             return s
+        return self._real(self.graph.score, s, b, h, i, j, operands)
+
+    def _real(
+        self, index: int, s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: Mapping[str, Tensor]
+    ) -> Tensor:
         real = torch.promote_types(s.dtype, torch.float32)
         inputs = {"s": s.to(real), "b": b, "h": h, "i": i, "j": j}
-        value = self.evaluate(self.graph.score, inputs, operands, real)
+        value = self.evaluate(index, inputs, operands, real)
         return value.to(s.dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=s.dtype, device=s.device)
+
+    def dscore(self, s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, **operands: Tensor) -> Tensor:
+        """d score / d s, of a program that `derivative` gave, as `score` gives the scores."""
+        if self.graph.dscore is None:
+            raise ValueError("a program has no dscore before derivative() was called")
+        return self._real(self.graph.dscore, s, b, h, i, j, operands)
 
     def tiles(
         self,
@@ -119,8 +137,30 @@ class Program:
         may be called PARTIAL. Memory is linear in the lengths and in the number of tiles.
         The map lies where the positions do, or the first operand, or on the CPU.
         """
-        self._check(operands)
+        self.check(operands)
         return classify(self, i, j, tile, batch, heads, operands)
+
+    def derivative(self) -> Program:
+        """The same program, with `dscore` and `gradients`."""
+        if self.graph.dscore is not None:
+            return self
+        if self._derivative is None:
+            self._derivative = Program(derive(self.graph, self.tensors), self.numbers, self.tensors)
+        return self._derivative
+
+    def source(
+        self, language: str = "triton", outputs: Sequence[str] = ("mask", "score"), length: int = 2**20
+    ) -> Source:
+        """The text of the functions that kernels call, and what to call them with.
+
+        language: "triton" or "gluon". outputs: what to write of mask, score, dscore and gradients, as far as the
+            program has it. length: positions are below it, so that integers may be 32 bits wide; each length may have
+            its own text.
+        """
+        key = language, tuple(outputs), length, self.tables.small()
+        if key not in self._sources:
+            self._sources[key] = make_source(self, language, outputs, length)
+        return self._sources[key]
 
     def rebind(self, numbers: tuple[Number, ...], tensors: tuple[Tensor, ...]) -> Program:
         """The same program with other numbers and tensors: those of a program with the same key.
@@ -150,15 +190,15 @@ class Program:
 
         inputs: a tensor for each letter that is needed; "d" stands for i - j.
         """
-        self._check(operands)
+        self.check(operands)
         device = next(iter(inputs.values())).device
         sources: dict[int | str, Tensor] = {}
         values: dict[int, Any] = {}
         steps = self.graph.schedules.get(index) or schedule(self.graph.nodes, index)
         for step, dead in steps:
             node = self.graph.nodes[step]
-            if step in self._constants:
-                values[step] = self._constants[step]
+            if step in self.constants:
+                values[step] = self.constants[step]
             elif node.op == "input":
                 values[step] = _input(node.payload, inputs)
             elif node.op == "number":
@@ -166,7 +206,7 @@ class Program:
                 values[step] = number.to(real) if node.kind == "f" else number
             elif node.op == "load":
                 if node.payload not in sources:  # moved at most once
-                    sources[node.payload] = self.source(node.payload, operands).to(device)
+                    sources[node.payload] = self.table(node.payload, operands).to(device)
                 values[step] = widened(gather(sources[node.payload], [values[a] for a in node.args]), real)
             else:
                 op, args = OPS[node.op], [values[a] for a in node.args]
@@ -175,14 +215,14 @@ class Program:
                 del values[other]
         return values[index]
 
-    def source(self, payload: int | str, operands: Mapping[str, Tensor]) -> Tensor:
+    def table(self, payload: int | str, operands: Mapping[str, Tensor]) -> Tensor:
         if not isinstance(payload, str):
             return self.tensors[payload]
         if payload not in operands:
             raise TypeError(f"operand {payload!r} is missing; the program reads {', '.join(self.operand_names)}")
         return operands[payload]
 
-    def _check(self, operands: Mapping[str, Tensor]) -> None:
+    def check(self, operands: Mapping[str, Tensor]) -> None:
         for name, value in operands.items():
             if name not in self.graph.operands:
                 raise TypeError(f"{name!r} is no operand; declared: {', '.join(self.graph.operands) or 'none'}")

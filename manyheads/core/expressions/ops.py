@@ -1,7 +1,8 @@
 """The operations of traced expressions: one row each, and the spellings that are lowered onto them.
 
-A row says what an operation's operands and result are (type rule), what it does to tensors (run) and what is known of
-its result when only bounds of its operands are known (interval). Kinds are "b" (boolean), "i" (integer), "f" (float).
+A row says what an operation's operands and result are (type rule), what it does to tensors (run), what is known of its
+result when only bounds of its operands are known (interval), how a kernel spells it (text) and what its derivatives are
+(slopes). Kinds are "b" (boolean), "i" (integer), "f" (float).
 
 Bounds are pairs (low, high) of tensors: bool for "b" (certainly true, possibly true), int64 for "i", float64 for "f".
 A float that may be NaN has the bounds (-inf, inf), and only such a float. Integers beyond FAR are unknown; products and
@@ -26,6 +27,7 @@ FAR = 2**61
 INF = math.inf
 TINY, HUGE = 2e-38, 3.4e38  # float32 flushes to zero below, overflows above
 ROUNDING = 1e-6  # relative; more than one float32 operation loses
+LN2 = math.log(2)
 
 
 class Op(NamedTuple):
@@ -41,12 +43,18 @@ class Op(NamedTuple):
 
     run(*operands) takes tensors and Python numbers, at least one of them a tensor. If `sized`, it takes the float
     dtype of the evaluation as its last argument. interval(*bounds) returns bounds.
+
+    text: Triton's and Gluon's expression, in which {0}, {1} and {2} are names or numbers.
+    slopes: for each operand a function (result, *operands) -> the derivative by it; none where that is zero. A boolean
+        slope means: where it is true the operand's own derivative, elsewhere nothing, not even a NaN.
     """
 
     arity: int
     rule: str
     run: Callable[..., Any]
     interval: Callable[..., Bounds]
+    text: str
+    slopes: tuple[Callable[..., Any] | None, ...] = ()
     sized: bool = False
 
 
@@ -316,41 +324,72 @@ def _to_float(a: Bounds) -> Bounds:
     return a[0].double(), a[1].double()
 
 
+# ---- slopes ----
+
+
+def _one(*_: Any) -> int:
+    return 1
+
+
+def _minus_one(*_: Any) -> int:
+    return -1
+
+
+def _sign_of(_: Any, a: Any) -> Any:
+    return torch.where(a < 0, -1.0, torch.where(a > 0, 1.0, 0.0))
+
+
 OPS: dict[str, Op] = {
-    "add": Op(2, "number", operator.add, _add),
-    "sub": Op(2, "number", operator.sub, _sub),
-    "mul": Op(2, "number", operator.mul, _corners(_product)),
-    "div": Op(2, "real", operator.truediv, _divided(operator.truediv)),
-    "floordiv": Op(2, "number", operator.floordiv, _floordiv),
-    "mod": Op(2, "number", operator.mod, _mod),
-    "neg": Op(1, "number", operator.neg, _neg),
-    "abs": Op(1, "number", operator.abs, _abs),
-    "square": Op(1, "number", _square, _square_interval),
-    "min": Op(2, "number", _minimum, _smaller),
-    "max": Op(2, "number", _maximum, _larger),
-    "lt": Op(2, "test", operator.lt, _lt),
-    "le": Op(2, "test", operator.le, _le),
-    "eq": Op(2, "test", operator.eq, _eq),
-    "and": Op(2, "bits", operator.and_, _and),
-    "or": Op(2, "bits", operator.or_, _or),
-    "xor": Op(2, "bits", operator.xor, _xor),
-    "not": Op(1, "bits", operator.invert, _not),
-    "shl": Op(2, "shift", operator.lshift, _shl),
-    "shr": Op(2, "shift", operator.rshift, _shr),
-    "where": Op(3, "choice", _where, _where_interval, sized=True),
-    "exp": Op(1, "real", torch.exp, _rising(torch.exp)),
-    "exp2": Op(1, "real", torch.exp2, _rising(torch.exp2)),
-    "log": Op(1, "real", torch.log, _rising(torch.log)),
-    "log2": Op(1, "real", torch.log2, _rising(torch.log2)),
-    "sqrt": Op(1, "real", torch.sqrt, _rising(torch.sqrt)),
-    "tanh": Op(1, "real", torch.tanh, _rising(torch.tanh)),
-    "sigmoid": Op(1, "real", torch.sigmoid, _rising(torch.sigmoid)),
-    "sin": Op(1, "real", torch.sin, _wave),
-    "cos": Op(1, "real", torch.cos, _wave),
-    "floor": Op(1, "real", torch.floor, _rising(torch.floor)),
-    "to_int": Op(1, "int", Tensor.long, _to_int),
-    "to_float": Op(1, "float", Tensor.to, _to_float, sized=True),
-}
+    "add": Op(2, "number", operator.add, _add, "{0} + {1}", (_one, _one)),
+    "sub": Op(2, "number", operator.sub, _sub, "{0} - {1}", (_one, _minus_one)),
+    "mul": Op(
+        2, "number", operator.mul, _corners(_product), "{0} * {1}", (lambda n, a, b: b, lambda n, a, b: a)
+    ),
+    "div": Op(
+        2, "real", operator.truediv, _divided(operator.truediv), "{0} / {1}",
+        (lambda n, a, b: 1 / b, lambda n, a, b: -n / b),
+    ),
+    "floordiv": Op(2, "number", operator.floordiv, _floordiv, "floordiv({0}, {1})"),
+    "mod": Op(2, "number", operator.mod, _mod, "floormod({0}, {1})", (_one, lambda n, a, b: -(a // b))),
+    "neg": Op(1, "number", operator.neg, _neg, "-{0}", (_minus_one,)),
+    "abs": Op(1, "number", operator.abs, _abs, "tl.abs({0})", (_sign_of,)),
+    "square": Op(1, "number", _square, _square_interval, "{0} * {0}", (lambda n, a: 2 * a,)),
+    "min": Op(
+        2, "number", _minimum, _smaller, "tl.minimum({0}, {1}, propagate_nan=NAN)",
+        (lambda n, a, b: a <= b, lambda n, a, b: b < a),
+    ),
+    "max": Op(
+        2, "number", _maximum, _larger, "tl.maximum({0}, {1}, propagate_nan=NAN)",
+        (lambda n, a, b: a >= b, lambda n, a, b: b > a),
+    ),
+    "lt": Op(2, "test", operator.lt, _lt, "{0} < {1}"),
+    "le": Op(2, "test", operator.le, _le, "{0} <= {1}"),
+    "eq": Op(2, "test", operator.eq, _eq, "{0} == {1}"),
+    "and": Op(2, "bits", operator.and_, _and, "{0} & {1}"),
+    "or": Op(2, "bits", operator.or_, _or, "{0} | {1}"),
+    "xor": Op(2, "bits", operator.xor, _xor, "{0} ^ {1}"),
+    "not": Op(1, "bits", operator.invert, _not, "~{0}"),
+    "shl": Op(2, "shift", operator.lshift, _shl, "{0} << {1}"),
+    "shr": Op(2, "shift", operator.rshift, _shr, "{0} >> {1}"),
+    "where": Op(
+        3, "choice", _where, _where_interval, "tl.where({0}, {1}, {2})",
+        (None, lambda n, test, a, b: test, lambda n, test, a, b: ~test), sized=True,
+    ),
+    "exp": Op(1, "real", torch.exp, _rising(torch.exp), "tl.exp({0})", (lambda n, a: n,)),
+    "exp2": Op(1, "real", torch.exp2, _rising(torch.exp2), "tl.exp2({0})", (lambda n, a: n * LN2,)),
+    "log": Op(1, "real", torch.log, _rising(torch.log), "tl.log({0})", (lambda n, a: 1 / a,)),
+    "log2": Op(1, "real", torch.log2, _rising(torch.log2), "tl.log2({0})", (lambda n, a: (1 / LN2) / a,)),
+    "sqrt": Op(1, "real", torch.sqrt, _rising(torch.sqrt), "tl.sqrt({0})", (lambda n, a: 0.5 / n,)),
+    "tanh": Op(1, "real", torch.tanh, _rising(torch.tanh), "tanh({0})", (lambda n, a: 1 - n * n,)),
+    "sigmoid": Op(
+        1, "real", torch.sigmoid, _rising(torch.sigmoid), "1.0 / (1.0 + tl.exp(-{0}))", (lambda n, a: n * (1 - n),)
+    ),
+    "sin": Op(1, "real", torch.sin, _wave, "tl.sin({0})", (lambda n, a: torch.cos(a),)),
+    "cos": Op(1, "real", torch.cos, _wave, "tl.cos({0})", (lambda n, a: -torch.sin(a),)),
+    "floor": Op(1, "real", torch.floor, _rising(torch.floor), "tl.floor({0})"),
+    "to_int": Op(1, "int", Tensor.long, _to_int, "{0}.to(tl.int32)"),
+    "to_float": Op(1, "float", Tensor.to, _to_float, "{0}.to(tl.float32)", sized=True),
+}  # fmt: skip
 
 
 # ---- spellings: what users also write, in terms of the rows; t is the tracer ----

@@ -264,7 +264,7 @@ class Classifier:
     def _table(self, payload: int | str) -> tuple[Tensor, Bounds]:
         """A captured tensor or an operand, and its extremes."""
         if payload not in self.tables:
-            table = widened(self.program.source(payload, self.operands).to(self.device), torch.float32)
+            table = widened(self.program.table(payload, self.operands).to(self.device), torch.float32)
             self.tables[payload] = table, (table.amin(), table.amax())
         return self.tables[payload]
 

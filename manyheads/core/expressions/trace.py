@@ -78,6 +78,18 @@ class Node(NamedTuple):
     depends: frozenset[str]
 
 
+class Gradient(NamedTuple):
+    """A number that a score reads from a float tensor, and the derivative of the score by it.
+
+    source: the captured tensor's place, or the operand's name. index: the nodes it is read at, not yet wrapped and
+    clamped. factor: the node of the derivative.
+    """
+
+    source: int | str
+    index: tuple[int, ...]
+    factor: int
+
+
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]
 
 
@@ -87,6 +99,7 @@ class Graph:
 
     mask, score: index of the result, or None. operands: the declared (ndim, kind) of each operand.
     numbers, tensors: kind of each lifted number, (ndim, kind) of each captured tensor. key: see Program.key.
+    dscore, gradients: the score's derivatives, behind all other nodes, if they were asked for: see derive.
     """
 
     nodes: tuple[Node, ...]
@@ -97,6 +110,8 @@ class Graph:
     tensors: tuple[tuple[int, str], ...]
     key: str
     schedules: dict[int, Schedule]
+    dscore: int | None = None
+    gradients: tuple[Gradient, ...] = ()
 
 
 def schedule(nodes: tuple[Node, ...], root: int, leaves: frozenset[int] = frozenset()) -> Schedule:

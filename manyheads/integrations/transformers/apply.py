@@ -43,7 +43,7 @@ class Applied:
     model: the model itself, changed in place. report: a Row for each layer, in order; str() sums it up.
     """
 
-    def __init__(self, model: nn.Module, report: tuple[Row, ...]):
+    def __init__(self, model: Any, report: tuple[Row, ...]):
         self.model = model
         self.report = report
         self._undo: list[Callable[[], object]] = []
@@ -82,7 +82,7 @@ class Applied:
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     mechanism: str | Mechanism | Form | None = None,
     *,
     cache: str | Policy | None = None,
@@ -139,8 +139,8 @@ def label(what: nn.Module | Applied) -> Label:
 
 def _together(labels: Iterable[Label | None]) -> Label:
     there = set(labels)
-    order: tuple[Label, ...] = ("freed", "simulated", "masked")
-    return next((one for one in order if one in there), "dense")
+    order: tuple[Label, ...] = ("freed", "simulated", "masked", "dense")
+    return next(one for one in order if one in there or one == "dense")
 
 
 def _plans(model: nn.Module) -> Iterator[Plan]:
@@ -162,7 +162,7 @@ def _change(applied: Applied, config: Any, found: list[Found], plans: dict[int, 
             _prepare(one.module, plan, config, undo)
 
 
-def _implement(model: nn.Module, config: Any, undo: list[Callable[[], object]]) -> None:
+def _implement(model: Any, config: Any, undo: list[Callable[[], object]]) -> None:
     """Make ours the attention implementation of the decoder, and of nothing else in a composite model."""
     original = config._attn_implementation
     for one in {id(one): one for one in (config, *_configs(model))}.values():
@@ -204,10 +204,10 @@ def _sources(form: Form, module: nn.Module, config: Any) -> nn.ModuleDict:
     return nn.ModuleDict(sources).to(device=like.device, dtype=like.dtype)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def _configs(model: Any) -> Iterator[Any]:
     """Every configuration in the model, those of its parts included."""
     for module in model.modules():
-        one = getattr(module, "config", None)
+        one: Any = getattr(module, "config", None)
         if hasattr(one, "_attn_implementation_internal"):
             yield one
             yield from (sub for name in one.sub_configs if (sub := getattr(one, name, None)) is not None)

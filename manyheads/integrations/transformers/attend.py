@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -65,7 +66,7 @@ _MORE_THAN_CAUSAL = (
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [batch, heads, q_len, head_dim]; key, value [batch, kv_heads, kv_len, ...] with what the cache held.
@@ -75,11 +76,11 @@ def attend(
     plan, call = vars(module).get(ATTRIBUTE), rest.get(CALL)
     if plan is None or call is None:
         raise RuntimeError(
-            f"{type(module).__name__} was not prepared for manyheads: it came after manyheads.apply, or it does not hand "
-            "its keyword arguments on"
+            f"{type(module).__name__} was not prepared for manyheads: it came after manyheads.apply, or it keeps its "
+            "keyword arguments to itself"
         )
     _refuse(module, attention_mask, dropout, is_causal, rest)
-    operands = {name: source(call.hidden) for name, source in getattr(module, OPERANDS, {}).items()}
+    operands: dict[str, Any] = {name: source(call.hidden) for name, source in _sources(module)}
     scale = scaling if _takes_the_models_scale(plan.form, query.shape[3]) else None
     match call.layer:
         case EvictingLayer():
@@ -90,12 +91,16 @@ def attend(
             if isinstance(call.layer, OperandLayer):
                 stored = call.layer.extend({name: operands[name] for name in plan.stored_operands})
                 operands = {**operands, **stored}
-            at = _positions(attention_mask, key.shape[2])
+            at = None if attention_mask is None else _positions(attention_mask, key.shape[2])
             o = attention(
                 query, key, value, plan.form, engine=plan.engine, scale=scale,
                 q_positions=None if at is None else at[:, -query.shape[2] :], kv_positions=at, **operands,
             )  # fmt: skip
     return o.transpose(1, 2).contiguous(), None
+
+
+def _sources(module: Any) -> Iterable[tuple[str, nn.Module]]:
+    return getattr(module, OPERANDS, {}).items()
 
 
 def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -120,13 +125,13 @@ def _parameters(module: type[nn.Module]) -> tuple[str, ...]:
 
 def _evicting(
     plan: Plan, layer: EvictingLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
-    operands: dict[str, Tensor],
+    operands: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     batch, heads, q_len, head_dim = q.shape
     i = _new_positions(mask, layer.seen, q)
     j = layer.place(i, solid=mask is None)
     run = partial(attention, mechanism=plan.form, engine=plan.engine, scale=scale)
-    if layer.solid and (layer.whole or (q_len == 1 and plan.positionless)):
+    if layer.solid and (layer.whole or plan.positionless):
         o = run(q, k, v, **operands)
     elif j.shape[1] == 1:
         o = run(q, k, v, q_positions=i, kv_positions=j[:, 0], **operands)
@@ -146,7 +151,7 @@ def _evicting(
 
 def _recurrent(
     plan: Plan, layer: StateLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
-    operands: dict[str, Tensor],
+    operands: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     at = None if mask is None else _new_positions(mask, layer.seen, q)
     o, layer.state = attention(
@@ -159,10 +164,8 @@ def _recurrent(
 # ---- positions ----
 
 
-def _positions(mask: Tensor | None, length: int) -> Tensor | None:
+def _positions(mask: Tensor, length: int) -> Tensor:
     """Where each token stands among its row's own: int64 [batch, length], -1 where the mask is False."""
-    if mask is None:
-        return None
     if mask.shape[1] != length:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens, but there are {length} with those in the cache"
@@ -176,8 +179,7 @@ def _new_positions(mask: Tensor | None, seen: int, q: Tensor) -> Tensor:
     batch, _, q_len, _ = q.shape
     if mask is None:
         return torch.arange(seen - q_len, seen, device=q.device).expand(batch, -1)
-    at = _positions(mask, seen)
-    return at[:, seen - q_len :]
+    return _positions(mask, seen)[:, seen - q_len :]
 
 
 def _takes_the_models_scale(form: Form, head_dim: int) -> bool:
@@ -185,7 +187,7 @@ def _takes_the_models_scale(form: Form, head_dim: int) -> bool:
     return form.default_scale(head_dim) == inverse_sqrt(head_dim)
 
 
-def _refuse(module: nn.Module, mask: Any, dropout: float, is_causal: bool | None, rest: dict[str, Any]) -> None:
+def _refuse(module: Any, mask: Any, dropout: float, is_causal: bool | None, rest: dict[str, Any]) -> None:
     who = f"{type(module).__name__} {module.layer_idx}"
     for name, what in REFUSED.items():
         if rest.get(name) is not None:

@@ -50,22 +50,23 @@ def _named(mechanism: Any) -> Mechanism | Form:
 def _split(mechanism: Any, cache: Any, settings: dict[str, Any]) -> tuple[Policy | None, dict[str, Any]]:
     """The policy, with its settings, and the mechanism's settings."""
     named = _named(mechanism)
-    recipe = policies.get(cache) if isinstance(cache, str) else None
-    if cache is not None and recipe is None and not isinstance(cache, Policy):
-        hint = "; call it, as in policies.get('snapkv')()" if isinstance(cache, Recipe) else ""
-        raise TypeError(f"cache must be a policy's name or a Policy, not {type(cache).__name__}{hint}")
+    if isinstance(cache, str):
+        cache = policies.get(cache)
+    elif isinstance(cache, Recipe) or not isinstance(cache, Policy | None):
+        hint = f"; call it, as in policies.get({cache.name!r})()" if isinstance(cache, Recipe) else ""
+        raise TypeError(f"cache must be a policy's name or a Policy, not a {type(cache).__name__}{hint}")
     mine = named.settings if isinstance(named, Mechanism) else {}
-    theirs = recipe.settings if recipe else {}
+    theirs = cache.settings if isinstance(cache, Recipe) else {}
     for name in settings:
-        if name in mine and name in theirs:
+        if isinstance(named, Mechanism) and isinstance(cache, Recipe) and name in mine and name in theirs:
             raise ValueError(
-                f"{name} is a setting of both {named.name} and {recipe.name}: give the policy's own as "
-                f"cache=manyheads.policies.get({recipe.name!r})({name}=...)"
+                f"{name} is a setting of both {named.name} and {cache.name}: give the policy's own as "
+                f"cache=manyheads.policies.get({cache.name!r})({name}=...)"
             )
         if name not in mine and name not in theirs:
             raise TypeError(unknown("setting of the mechanism or the policy", name, (*mine, *theirs)))
-    if recipe is not None:
-        cache = recipe(**{name: value for name, value in settings.items() if name in theirs})
+    if isinstance(cache, Recipe):
+        cache = cache(**{name: value for name, value in settings.items() if name in theirs})
     return cache, {name: value for name, value in settings.items() if name in mine}
 
 

@@ -76,6 +76,8 @@ class EvictingLayer(_Layer):
 
     def __init__(self, plan: Plan):
         super().__init__(plan)
+        assert plan.policy is not None and plan.budget is not None
+        self.policy, self.budget = plan.policy, plan.budget
         self.positions: Tensor | None = None
         self.budgets: Tensor | None = None
         self.most = self.fewest = 0
@@ -84,45 +86,38 @@ class EvictingLayer(_Layer):
     @property
     def whole(self) -> bool:
         """Nothing was evicted yet."""
-        return self.keys.shape[2] == self.seen
+        return self.keys is not None and self.keys.shape[2] == self.seen
 
     def place(self, new: Tensor, solid: bool) -> Tensor:
         """Record where the tokens of the last update stand, int64 [batch, q_len]. Returns positions."""
         self.solid = self.solid and solid
-        if self.positions is None:
-            self.positions = new[:, None]
-        else:
-            more = new[:, None].expand(-1, self.positions.shape[1], -1)
-            self.positions = torch.cat([self.positions, more], 2)
-        return self.positions
+        more = new[:, None]
+        if self.positions is not None:
+            more = torch.cat([self.positions, more.expand(-1, self.positions.shape[1], -1)], 2)
+        self.positions = more
+        return more
 
     def evict(self, q: Tensor, q_positions: Tensor, scale: float) -> None:
         """Keep what the policy wants to keep, in storage of its own. q [batch, heads, q_len, head_dim]."""
-        policy, prompt = self.plan.policy, q.shape[2] > 1
+        k, v, at, prompt = self.keys, self.values, self.positions, q.shape[2] > 1
+        assert k is not None and v is not None and at is not None, "place and update come first"
         if self.budgets is None or prompt:
-            self._set_budgets()
-        n = self.keys.shape[2]
-        if n <= self.fewest or (policy.when == "prefill" and not prompt):
+            # A share is of the tokens that a row has had when its prompt, or the latest part of it, ends.
+            self.budgets = tokens(self.budget, at.amax((1, 2)) + 1, self.policy.least)
+            if isinstance(self.budget, int):
+                self.most = self.fewest = self.budget
+            else:
+                self.most, self.fewest = int(self.budgets.max()), int(self.budgets.min())
+        heads, n = k.shape[1:3]
+        if n <= self.fewest or (self.policy.when == "prefill" and not prompt):
             return
-        heads = self.keys.shape[1]
         with torch.no_grad():
-            everywhere = self.positions.expand(-1, heads, -1)
-            context = Context(q, self.keys, self.values, q_positions, everywhere, scale)
-            importance = policy.score(context)
-            positions = everywhere[:, : importance.shape[1]]
-            index, self.positions = keep(importance, positions, self.budgets, min(n, self.most))
+            at = at.expand(-1, heads, -1)
+            importance = self.policy.score(Context(q, k, v, q_positions, at, scale))
+            index, self.positions = keep(importance, at[:, : importance.shape[1]], self.budgets, min(n, self.most))
         index = index.expand(-1, heads, -1)[..., None]
-        self.keys = self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3]))
-        self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3]))
-
-    def _set_budgets(self) -> None:
-        """A share is of the tokens that a row has had when its latest prompt, or part of one, ends."""
-        budget, least = self.plan.budget, self.plan.policy.least
-        self.budgets = tokens(budget, self.positions.amax((1, 2)) + 1, least)
-        if isinstance(budget, int):
-            self.most = self.fewest = budget
-        else:
-            self.most, self.fewest = int(self.budgets.max()), int(self.budgets.min())
+        self.keys = k.gather(2, index.expand(-1, -1, -1, k.shape[3]))
+        self.values = v.gather(2, index.expand(-1, -1, -1, v.shape[3]))
 
 
 class StateLayer(_Layer):
@@ -184,7 +179,7 @@ def adopt(cache: Any, plan: Plan) -> _Layer | None:
         raise TypeError(f"past_key_values must be a transformers Cache, not {type(cache).__name__}")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= plan.index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[plan.index]
+    layer: Any = cache.layers[plan.index]
     wanted = _wanted(plan)
     if wanted is None:
         if isinstance(layer, StaticLayer | DynamicSlidingWindowLayer | _Layer):
@@ -199,8 +194,8 @@ def adopt(cache: Any, plan: Plan) -> _Layer | None:
             f"layer {plan.index} of the cache holds {layer.get_seq_length()} tokens from before manyheads was applied; "
             "start with a new cache"
         )
-    cache.layers[plan.index] = wanted(plan)
-    return cache.layers[plan.index]
+    cache.layers[plan.index] = ours = wanted(plan)
+    return ours
 
 
 def _wanted(plan: Plan) -> type[_Layer] | None:

@@ -60,8 +60,8 @@ class Plan:
 
     @cached_property
     def positionless(self) -> bool:
-        """A newest query's output is the same wherever its keys stand."""
-        return self.reads_all and not self.form.program.has_score
+        """Only the order of the keys matters, and not how far apart they stand."""
+        return self.reads_all and isinstance(self.form, Scores) and not self.form.program.has_score
 
     @cached_property
     def reads_all(self) -> bool:

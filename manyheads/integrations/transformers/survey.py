@@ -30,7 +30,7 @@ class Found:
     shared: bool = False
 
 
-def survey(model: nn.Module) -> tuple[Any, list[Found]]:
+def survey(model: Any) -> tuple[Any, list[Found]]:
     """The decoder's configuration, and its attention modules in order.
 
     Raises TypeError if this is no decoder of transformers, NotImplementedError for what no mechanism can honour.
@@ -48,8 +48,8 @@ def survey(model: nn.Module) -> tuple[Any, list[Found]]:
     found.sort(key=lambda one: one.index)
     if len({one.index for one in found}) != len(found) or not found:
         raise NotImplementedError(
-            f"manyheads finds {len(found)} attention modules in {type(model).__name__}; it needs one for each layer that "
-            "has attention"
+            f"manyheads finds {len(found)} attention modules in {type(model).__name__}; it needs one for each layer "
+            "with attention"
         )
     return config, found
 
@@ -63,7 +63,7 @@ def layer_type(config: Any, index: int) -> str:
     return "chunked_attention" if getattr(config, "attention_chunk_size", None) is not None else "full_attention"
 
 
-def _look_at(module: nn.Module, config: Any) -> Found:
+def _look_at(module: Any, config: Any) -> Found:
     index = module.layer_idx
     kind = layer_type(config, index)
     if kind in LEFT_ALONE:
@@ -76,7 +76,7 @@ def _look_at(module: nn.Module, config: Any) -> Found:
     return Found(index, module)
 
 
-def _refuse_model(model: nn.Module, config: Any) -> None:
+def _refuse_model(model: Any, config: Any) -> None:
     name = type(model).__name__
     crossing = any("crossattention" in type(module).__name__.lower() for module in model.modules())
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False) or crossing:
@@ -85,7 +85,7 @@ def _refuse_model(model: nn.Module, config: Any) -> None:
         raise NotImplementedError(f"{name} is not causal: its tokens see later ones, which a cache does not have")
 
 
-def _refuse_module(module: nn.Module, config: Any) -> None:
+def _refuse_module(module: Any, config: Any) -> None:
     who = f"{type(module).__name__} {module.layer_idx}"
     if not module.is_causal:
         raise NotImplementedError(f"{who} is not causal: its tokens see later ones, which a cache does not have")

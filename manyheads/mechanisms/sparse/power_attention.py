@@ -33,7 +33,7 @@ def reference(q, k, v, *, block_size=256, window_blocks=5):
     reference=reference,
     arxiv="2503.03588",
     system="power-attention",
-    examples=({"block_size": 2, "window_blocks": 2}, {"block_size": 1, "window_blocks": 1}),
+    examples=({"block_size": 2, "window_blocks": 3}, {"block_size": 1, "window_blocks": 1}),
     laws=(Law({"block_size": 2, "window_blocks": 10**9}, "causal"), Law({"block_size": 10**6}, "causal")),
     at=lambda context: {"block_size": max(1, context // 32)},
 )
