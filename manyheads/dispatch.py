@@ -80,8 +80,8 @@ def attention(
 
 def explain(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str | Form = "causal", *, engine: str = "auto",
-    return_lse: bool = False, scale: float | None = None, q_positions: Tensor | None = None, kv_positions: Tensor | None = None,
-    state: Tensor | None = None, **settings_and_operands: Any,
+    return_lse: bool = False, scale: float | None = None, q_positions: Tensor | None = None,
+    kv_positions: Tensor | None = None, state: Tensor | None = None, **settings_and_operands: Any,
 ) -> Explanation:  # fmt: skip
     """Which engine `attention` would take for these arguments, and why the others would not run."""
     form, operands = _form(mechanism, settings_and_operands)

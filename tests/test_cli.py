@@ -112,14 +112,14 @@ def test_doctor_is_content_here():
 
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch):
-    real = cli._package
-    monkeypatch.setattr(cli, "_package", lambda name: None if name in ("plotly", "numpy") else real(name))
+    real = cli.doctor._package
+    monkeypatch.setattr(cli.doctor, "_package", lambda name: None if name in ("plotly", "numpy") else real(name))
     result = call("doctor")
     assert result.exit_code == 1, "numpy is required"
     lines = {line.split()[1]: line for line in result.stdout.splitlines() if line[:1] in "✓✗"}
     assert lines["plotly"].startswith("✗") and 'pip install "manyheads[report]"' in lines["plotly"]
     assert lines["torch"].startswith("✓") and "pip install" not in lines["torch"]
-    monkeypatch.setattr(cli, "_package", lambda name: None if name == "plotly" else real(name))
+    monkeypatch.setattr(cli.doctor, "_package", lambda name: None if name == "plotly" else real(name))
     assert call("doctor").exit_code == 0, "plotly is not"
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention under its limits: no backward on a CPU, no lse there, and never past torch's limit of recompilations."""
+"""FlexAttention within its limits: no backward on a CPU, no lse there, never past torch's limit of recompilations."""
 
 import pytest
 import torch

@@ -96,6 +96,11 @@ RECURRENCES = {
             "beta": Operand("batch heads len", torch.sigmoid),
         },
     ),
+    "delta with features": Recurrence(
+        write="delta",
+        key_feature=lambda k: k.softmax(-1),
+        operands={"beta": Operand("batch heads len", torch.sigmoid)},
+    ),
     "features": Recurrence(query_feature=torch.exp, key_feature=lambda k: torch.nn.functional.elu(k) + 1),
 }
 
@@ -149,16 +154,18 @@ def test_strong_decays_do_not_overflow(strong):
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), (q, k, v, g)))
 
 
-def test_what_an_absent_token_holds_does_not_matter():
-    """Not even infinity after a feature."""
-    form = RECURRENCES["features"]
-    q, k, v = torch.randn(3, 1, 1, 6, 4).unbind()
-    positions = torch.tensor([[-1, 0, 1, 2, -1, 3]])
+@pytest.mark.parametrize("case", RECURRENCES)
+def test_what_an_absent_token_holds_does_not_matter(case, make_inputs):
+    """Not even infinity, which a feature may make NaN of, nor a feature that is not 0 at 0."""
+    form = RECURRENCES[case]
+    x = make_inputs(form, 6)
+    positions = torch.tensor([[-1, 0, 1, 2, -1, 3]]).expand(2, -1)
     there = positions[0] >= 0
-    expected = attention(q[:, :, there], k[:, :, there], v[:, :, there], form)
-    q, k, v = (t.masked_fill(~there[:, None], torch.inf).requires_grad_() for t in (q, k, v))
-    o = attention(q, k, v, form, q_positions=positions, kv_positions=positions)
-    torch.testing.assert_close(o[:, :, there], expected)
+    operands = {n: value[:, :, there] for n, value in x.operands.items()}
+    expected = attention(*(t[:, :, there] for t in x.tensors), form, **operands)
+    q, k, v = (t.masked_fill(~there[:, None], torch.inf).requires_grad_() for t in x.tensors)
+    o = attention(q, k, v, form, q_positions=positions, kv_positions=positions, **x.operands)
+    torch.testing.assert_close(o[:, :, there], expected, **EXACT)
     assert o[:, :, ~there].eq(0).all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v)))
 

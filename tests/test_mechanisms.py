@@ -94,6 +94,15 @@ def test_every_engine_is_as_exact_as_plain_torch(name, settings, engine, dtype, 
     check_engine(name, settings, engine, dtype, make_inputs)
 
 
+@cases(Scores, Selection, Recurrence)
+def test_eager_computes_in_float32(name, settings, make_inputs):
+    """In bfloat16, nothing but inputs and outputs is rounded."""
+    form = get(name)(**settings)
+    x = make_inputs(form, 21, 26, head_dim=16, dtype=torch.bfloat16)
+    wide = attention(*(t.float() for t in x.tensors), form, engine="eager", **x.operands)
+    assert attention(*x.tensors, form, engine="eager", **x.operands).equal(wide.bfloat16())
+
+
 @pytest.mark.slow
 @cases(Scores)
 def test_flex_is_as_exact_as_plain_torch(name, settings, make_inputs):

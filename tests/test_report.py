@@ -12,6 +12,8 @@ from html.parser import HTMLParser
 import pytest
 
 from manyheads.evaluate import report
+from manyheads.evaluate.report import numbers
+from manyheads.evaluate.report.rows import COLOURS, GREY
 
 DENSE = 47_185_920
 SPANS = [(a, a + 128) for a in range(0, 2048, 128)] + [(a, a + 64) for a in range(2048, 2304, 64)]
@@ -182,14 +184,14 @@ def test_names_are_escaped():
 
 def test_one_colour_for_each_row_everywhere(page):
     rows = {r["title"]: r["colour"] for r in report.table(made())}
-    assert len(set(rows.values())) == len(rows) and rows["dense"] == report.GREY
+    assert len(set(rows.values())) == len(rows) and rows["dense"] == GREY
     for name in ("trade", "position"):
         for view in page.charts[name]["views"]:
             for trace in view["figure"]["data"]:
                 assert trace["marker"]["color"] == rows[trace["name"]]
     bars = page.charts["memory"]["views"][0]["figure"]["data"]
     colours = {bar["y"][0].split("<br>")[0]: bar["marker"]["color"] for bar in bars}
-    assert colours["moba"] == rows["moba"] and colours["dense"] == report.GREY
+    assert colours["moba"] == rows["moba"] and colours["dense"] == GREY
     assert f"background: {rows['moba']}" in report.render(made())
 
 
@@ -212,7 +214,7 @@ def themes(page):
 
 def test_colours_can_be_seen_on_the_light_and_the_dark_page(page):
     for theme in themes(page):
-        for colour in (*report.COLOURS, report.GREY):
+        for colour in (*COLOURS, GREY):
             assert contrast(colour, theme["--page"]) > 3.4, (colour, theme["--page"])
         for text in ("--ink", "--soft", "--faint"):
             assert contrast(theme[text], theme["--page"]) > 4, text
@@ -378,7 +380,7 @@ def test_tiles(tiles, drawn):
     [(0, 3, "0"), (16.24, 3, "16.2"), (1234.5, 3, "1,234"), (0.00823, 2, "0.0082"), (3e-9, 2, "3.0e-09")],
 )
 def test_figures(value, digits, text):
-    assert report._figures(value, digits) == text
+    assert numbers.figures(value, digits) == text
 
 
 def test_ranges_have_the_unit_once():

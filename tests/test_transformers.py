@@ -1,7 +1,6 @@
 """Mechanisms and cache policies in transformers' models: random ones, small, with grouped heads."""
 
 import copy
-import sys
 import weakref
 
 import pytest
@@ -12,7 +11,7 @@ import manyheads
 from manyheads.core import Operand, Recurrence, Scores
 
 transformers = pytest.importorskip("transformers")
-from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.cache_utils import DynamicCache, StaticCache  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from manyheads.integrations.transformers import label  # noqa: E402
@@ -53,6 +52,8 @@ def prompts():
 def generate(model, ids, mask=None, steps=12, **more):
     """Greedy. Returns (new tokens [batch, steps], logits [batch, steps, vocabulary], the cache)."""
     mask = torch.ones_like(ids) if mask is None else mask
+    if more.get("prefill_chunk_size"):
+        more["past_key_values"] = DynamicCache(config=model.config)  # transformers 5.0 makes none by itself here
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, output_logits=True,
         return_dict_in_generate=True, **more,
@@ -414,7 +415,7 @@ def test_restoring_leaves_no_trace(llama, prompts, given):
 
 def test_a_failed_apply_leaves_no_trace(llama, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["manyheads.integrations.transformers.apply"], "_sources", lambda *_: 1 / 0)
+        patch.setattr("manyheads.integrations.transformers.applied._sources", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             manyheads.apply(llama, "kimi_delta_attention")
     assert not traces(llama) and llama.config._attn_implementation == "sdpa"
@@ -690,7 +691,7 @@ def test_calls_that_do_not_fit_are_refused(llama, prompts):
     for name in ("causal", "kimi_delta_attention"):
         with manyheads.apply(llama, name):
             with pytest.raises(TypeError, match=r"StaticLayer.*DynamicCache"):
-                generate(llama, alone, cache_implementation="static", disable_compile=True)
+                generate(llama, alone, past_key_values=StaticCache(llama.config, 64), disable_compile=True)
             with pytest.raises(NotImplementedError, match="4D masks"):
                 llama(ids, attention_mask=torch.ones(2, 1, PROMPT, PROMPT, dtype=torch.bool))
             with pytest.raises(NotImplementedError, match="packed"):

@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manyheads.core.expressions import EMPTY, FULL, Program
+from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
 from manyheads.core.forms import Blocks, Scores, Selection
 from manyheads.core.inputs import Inputs, Positions, as_rows
 
 KEY_TILE = 128
 QUERY_TILE = 128
+SMALL = 2**14  # pairs of query and key
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,7 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
     b = torch.arange(x.batch, device=device).view(-1, 1, 1, 1)
     h = torch.arange(x.heads, device=device).view(1, -1, 1, 1)
     operands = position_operands(scores, x)
-    tiles = program.tiles(
-        x.q_positions, x.kv_positions, tile=(size, KEY_TILE), batch=x.batch, heads=x.heads, **operands
-    ).cpu()
+    tiles = _tiles(program, x, size, operands)
     chosen = _chosen(form, x) if isinstance(form, Selection) else None
 
     for start in range(0, x.q_len, size):
@@ -70,6 +69,17 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
         j = j[..., columns]
         full = bool((row[..., needed] == FULL).all())
         yield Chunk(rows, columns, i, j, partial(_mask, None if full else program, chosen, b, h, operands))
+
+
+def _tiles(program: Program, x: Inputs, size: int, operands: dict[str, Tensor]) -> Tensor:
+    """The tile map on the CPU. For little work, a step of decoding above all, a map would cost more than it saves: there
+    every tile is partial, or full if there is nothing to mask."""
+    if x.q_len * x.kv_len > SMALL:
+        return program.tiles(
+            x.q_positions, x.kv_positions, tile=(size, KEY_TILE), batch=x.batch, heads=x.heads, **operands
+        ).cpu()
+    state = PARTIAL if program.has_mask or x.ragged else FULL
+    return torch.full((1, 1, -(-x.q_len // size), -(-x.kv_len // KEY_TILE)), state, dtype=torch.uint8)
 
 
 def _mask(

@@ -30,16 +30,16 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
 
 
 def hesitates(form: Form, x: Inputs) -> str | None:
+    if x.q.device.type == "cuda" and x.q_len >= 1024 and isinstance(form, Scores) and not _one_call(form, x):
+        return "it needs a call and a mask for every 128 queries; FlexAttention does this in one kernel"
     return None
 
 
 def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     """(o, None): scaled_dot_product_attention keeps its lse to itself."""
     assert isinstance(form, Scores | Selection), "why_not said so"
-    if isinstance(form, Scores) and _plain_causal(form, x):
-        return _grouped(x, is_causal=True), None
-    if isinstance(form, Scores) and not form.program.has_mask and not x.ragged:
-        return _grouped(x, is_causal=False), None
+    if isinstance(form, Scores) and _one_call(form, x):
+        return _grouped(x, is_causal=form.program.has_mask), None
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     again = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
     for chunk in chunks(form, x):
@@ -49,9 +49,10 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     return o, None
 
 
-def _plain_causal(form: Scores, x: Inputs) -> bool:
-    """torch's own causal kernel: square, and every row whole."""
-    return form.program.key == _CAUSAL.program.key and not x.ragged and x.q_len == x.kv_len
+def _one_call(form: Scores, x: Inputs) -> bool:
+    """Whether torch's own full or causal kernel does it: every row whole, and for causal a square."""
+    causal = form.program.key == _CAUSAL.program.key and x.q_len == x.kv_len
+    return (causal or not form.program.has_mask) and not x.ragged
 
 
 def _grouped(x: Inputs, is_causal: bool) -> Tensor:

@@ -89,7 +89,7 @@ def _check(name: str, settings: dict[str, Any]) -> Spec:
 
 
 def fit(spec: Spec, context: int) -> Spec:
-    """A spec without settings gets those for a context of that many tokens: papers' defaults are made for longer ones."""
+    """A spec without settings gets those for a context of that many tokens: papers' defaults are for longer ones."""
     if spec.kind == "policy" and "budget" not in spec.settings and spec.name != "keep_all":
         return Spec(spec.name, spec.kind, {**spec.settings, "budget": context // 4})
     if spec.kind == "mechanism" and not spec.settings and (at := get(spec.name).at):

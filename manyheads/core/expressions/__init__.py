@@ -126,6 +126,8 @@ class Program:
         tile: tuple[int, int] = (128, 128),
         batch: int = 1,
         heads: int = 1,
+        *,
+        device: torch.device | None = None,
         **operands: Tensor,
     ) -> Tensor:
         """Which tiles of the mask are EMPTY, PARTIAL or FULL: uint8 [batch | 1, heads | 1, query tiles, key tiles].
@@ -135,10 +137,10 @@ class Program:
 
         EMPTY: no pair of tokens is allowed. FULL: there is a token at every place, and all pairs are allowed. Anything
         may be called PARTIAL. Memory is linear in the lengths and in the number of tiles.
-        The map lies where the positions do, or the first operand, or on the CPU.
+        The map lies on `device`: where the positions are, or the first operand, or on the CPU, unless given.
         """
         self.check(operands)
-        return classify(self, i, j, tile, batch, heads, operands)
+        return classify(self, i, j, tile, batch, heads, operands, device)
 
     def derivative(self) -> Program:
         """The same program, with `dscore` and `gradients`."""

@@ -6,10 +6,10 @@
     grad_<n>(s, b, h, i, j, A)  d score / d the number that gradient n reads
     place_<n>(s, b, h, i, j, A) where it is read: an offset into a contiguous tensor of that shape
 
-b and h are scalars, i is int32 [BM, 1] or [BM, BN], j is [1, BN] or [BM, BN], s is float32 [BM, BN], all of them tensors
-of the kernel language; results broadcast to the tile, derivatives may be plain numbers. A is a tuple of the arguments
-that Source.signature lists. What a lane outside of the scores computes means nothing, but it reads no memory that is
-not a tensor's: indices are clamped everywhere.
+b and h are scalars, i is int32 [BM, 1] or [BM, BN], j is [1, BN] or [BM, BN], s is float32 [BM, BN], all of them
+tensors of the kernel language; results broadcast to the tile, derivatives may be plain numbers. A is a tuple of the
+arguments that Source.signature lists. What a lane outside of the scores computes means nothing, but it reads no memory
+that is not a tensor's: indices are clamped everywhere.
 
 Integers are 32 bits wide unless their bounds say otherwise. Nothing in the text depends on the value of a number, but
 for its magnitude beyond NUMBERS, nor on what tensors hold, but for integers beyond SMALL.
@@ -37,13 +37,11 @@ NARROW = 2**31  # what does not fit 32 bits
 LANGUAGES = {
     "triton": """import triton
 import triton.language as tl
-from triton.language import PropagateNan
 
 jit = triton.jit
 """,
     "gluon": """from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
-from triton.language import PropagateNan
 
 jit = gluon.jit
 """,
@@ -51,7 +49,10 @@ jit = gluon.jit
 
 # Whoever calls one of these in a function gets it in the module.
 HELPERS = {
-    "NAN": """NAN = tl.constexpr(PropagateNan.ALL)
+    "NAN": """
+from triton.language import PropagateNan
+
+NAN = tl.constexpr(PropagateNan.ALL)
 """,
     "clamped": """
 @jit
@@ -126,7 +127,7 @@ class Writer:
         self._functions: list[tuple[str, list[Argument], list[str]]] = []  # head, what it unpacks, body
         self._tables: dict[int | str, str] = {}
         self._bounds: dict[int, Bounds] = {}
-        self._body: list[str] = []
+        self._body: dict[str, str] = {}  # expressions, and the variables that hold them
         self._used: dict[Argument, None] = {}
         self._values: dict[int, str] = {}
 
@@ -157,8 +158,7 @@ class Writer:
             far = SMALL if node.payload in self.small else FAR
             return -far, far
         if index in self._is_number:
-            value = self.constants[index]
-            far = max(NUMBERS, 1 << abs(value).bit_length())
+            far = max(NUMBERS, 1 << abs(int(self.constants[index])).bit_length())
             return -far, far
         return interval_of(node.op, node.kind, [self._bounds[a] for a in node.args])
 
@@ -209,14 +209,18 @@ class Writer:
         self._end(name, "s, b, h, i, j, A", " + ".join(terms) or "0")
 
     def _begin(self, *roots: int) -> None:
-        self._body, self._used, self._values = [], {}, {}
+        self._body, self._used, self._values = {}, {}, {}
         for root in roots:
             for index, _ in schedule(self.nodes, root, self._is_number | self._values.keys()):
                 if index not in self._values:
                     self._values[index] = self._value(index, self.nodes[index])
 
     def _end(self, name: str, parameters: str, value: str) -> None:
-        self._functions.append((f"def {name}({parameters}):", list(self._used), [*self._body, f"return {value}"]))
+        body = [f"{variable} = {text}" for text, variable in self._body.items()]
+        self._functions.append((f"def {name}({parameters}):", list(self._used), [*body, f"return {value}"]))
+
+    def _let(self, text: str) -> str:
+        return self._body.setdefault(text, f"v{len(self._body)}")
 
     def _value(self, index: int, node: Node) -> str:
         """A node as a name or a literal; what it takes to compute it goes to the body."""
@@ -229,11 +233,9 @@ class Writer:
                 return self.argument("fp32", index)
             name = self.argument("i64" if self.is_wide(index) else "i32", index)
             return f"({name} != 0)" if node.kind == "b" else name
-        text = (
-            "i - j" if node.op == "input" else self._read(node) if node.op == "load" else self._operation(index, node)
-        )
-        self._body.append(f"v{len(self._body)} = {text}")
-        return f"v{len(self._body) - 1}"
+        if node.op == "input":
+            return self._let("i - j")
+        return self._let(self._read(node) if node.op == "load" else self._operation(index, node))
 
     def _operation(self, index: int, node: Node) -> str:
         text, args = self._spelling(index, node), node.args
@@ -296,7 +298,7 @@ class Writer:
     def _place(self, index: int, size: str, wide: bool) -> str:
         """An index inside of a dimension. All but the last are widened: their strides may be long."""
         helper = "clamped" if self.bounds(index)[0] >= 0 else "wrapped"
-        return f"{helper}({self._values[index]}, {size})" + (".to(tl.int64)" if wide else "")
+        return self._let(f"{helper}({self._values[index]}, {size})" + (".to(tl.int64)" if wide else ""))
 
     # ---- the module ----
 

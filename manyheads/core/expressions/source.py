@@ -1,4 +1,4 @@
-"""Kernel text as something to run: its arguments, its module, and the entry that puts a kernel's own arguments in front.
+"""Kernel text as something to run: its arguments, its module, and the entry behind which a kernel runs it.
 
 Kernels take the run-time arguments of masks and scores as one tuple, and the functions as constants:
 
@@ -77,7 +77,7 @@ class Source:
             return tables[of].shape[dim]
         if kind == "stride":
             return tables[of].stride(dim)
-        value = self.program.constants[of]
+        value = self.program.constants[int(of)]
         if kind == "inverse":
             return 1 / value if value else math.copysign(math.inf, value)
         return float(value) if kind == "fp32" else int(value)
@@ -181,7 +181,7 @@ class Tables:
         version, small = self._small.get(place, (None, False))
         if version is None or version != _version(table):
             low, high = table.aminmax()
-            small = -SMALL <= int(low) and int(high) <= SMALL
+            small = int(low) >= -SMALL and int(high) <= SMALL
             self._small[place] = _version(table), small
         return small
 

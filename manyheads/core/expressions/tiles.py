@@ -287,9 +287,11 @@ def classify(
     batch: int,
     heads: int,
     operands: Mapping[str, Tensor],
+    device: torch.device | None = None,
 ) -> Tensor:
     """See Program.tiles."""
-    device = next((x.device for x in (i, j, *operands.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+    if device is None:
+        device = next((x.device for x in (i, j, *operands.values()) if isinstance(x, Tensor)), torch.device("cpu"))
     queries, keys = Axis(i, tile[0], device), Axis(j, tile[1], device)
     rows = {queries.values.shape[0], keys.values.shape[0]} - {1}
     if len(rows | ({batch} - {1})) > 1:

@@ -179,7 +179,8 @@ def adopt(cache: Any, plan: Plan) -> _Layer | None:
         raise TypeError(f"past_key_values must be a transformers Cache, not {type(cache).__name__}")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= plan.index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer: Any = cache.layers[plan.index]
+    # Layers that share keys may have no place of their own.
+    layer: Any = cache.layers[plan.index] if plan.index < len(cache.layers) else None
     wanted = _wanted(plan)
     if wanted is None:
         if isinstance(layer, StaticLayer | DynamicSlidingWindowLayer | _Layer):

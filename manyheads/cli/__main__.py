@@ -1,0 +1,5 @@
+"""`python -m manyheads.cli`."""
+
+from manyheads.cli import app
+
+app()
