@@ -14,7 +14,7 @@ CPU := $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 # GPU that came or went sets up anew; a checkout that only touched the dates does not.
 STAMP := .venv/.ready-$(firstword $(shell { cat pyproject.toml constraints-cpu.txt Makefile; echo '$(CURDIR) $(CPU)'; } | cksum))
 
-.PHONY: help compare test check docs clean
+.PHONY: help compare test bench check docs clean
 .DEFAULT_GOAL := help
 
 help:     ## show this list
@@ -26,6 +26,9 @@ compare: $(STAMP)  ## run a real model with many mechanisms and draw speed, memo
 # One torch thread a worker: $(JOBS) workers with all cores each are slower than one alone.
 test: $(STAMP)  ## run the tests (ARGS="-k window")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+bench: $(STAMP)  ## time the attention kernels beside their peers on this machine's GPU (ARGS="--lengths 4096")
+	@$(BIN)/python benchmarks/attention.py --results benchmarks/results/attention.jsonl $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@echo "ruff check";  $(BIN)/ruff check .

@@ -246,10 +246,11 @@ def test_a_bug_keeps_its_traceback(ran, tmp_path):
     assert isinstance(result.exception, ValueError) and result.exit_code == 1
 
 
-def test_a_bug_inside_the_package_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(job.texts, "read", int)  # int(None) is a TypeError of Python's, on a line of ours
+@pytest.mark.parametrize(("bug", "kind"), [(int, TypeError), ({}.__getitem__, KeyError)])
+def test_a_bug_inside_the_package_keeps_its_traceback(tmp_path, monkeypatch, bug, kind):
+    monkeypatch.setattr(job.texts, "read", bug)  # int(None) is a TypeError of Python's, on a line of ours
     result = call("compare", "--out", tmp_path)
-    assert isinstance(result.exception, TypeError) and result.exit_code == 1
+    assert isinstance(result.exception, kind) and result.exit_code == 1
 
 
 def test_debug_shows_where_an_error_of_ours_comes_from():

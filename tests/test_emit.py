@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,15 +34,11 @@ def autograd(program: Program, s: torch.Tensor, at: tuple, weight: torch.Tensor,
     tensors = [t.clone().requires_grad_() if t.is_floating_point() else t for t in program.tensors]
     values = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in operands.items()}
     s = s.clone().requires_grad_()
-    bound = trace_again(program, tensors)
+    bound = program.rebind(program.numbers, tuple(tensors))
     leaves = [x for x in (*tensors, *values.values()) if x.requires_grad]
     total = (bound.score(s, *at, **values) * weight).sum()
     found = torch.autograd.grad(total, [s, *leaves], allow_unused=True, materialize_grads=True)
     return list(found)
-
-
-def trace_again(program: Program, tensors: list) -> Program:
-    return program.rebind(program.numbers, tuple(tensors))
 
 
 def scattered(program: Program, s: torch.Tensor, at: tuple, weight: torch.Tensor, **operands: torch.Tensor) -> list:
@@ -95,7 +92,7 @@ def test_derivatives_equal_autograd(name):
 def test_every_operation_has_its_derivative():
     plain = dict(
         add=lambda s, b, h, i, j: 3 + s + i, subtract=lambda s, b, h, i, j: i - s,
-        multiply=lambda s, b, h, i, j: s * s * j * (s + 1), floor=lambda s, b, h, i, j: torch.floor(s) * s + s // 2,
+        multiply=lambda s, b, h, i, j: s * s * j * (s + 1), floor=lambda s, b, h, i, j: torch.floor(s) * s,
         divide=lambda s, b, h, i, j: (s + 9) / (s * s + 2), into=lambda s, b, h, i, j: 7 / (s + 20),
         modulo=lambda s, b, h, i, j: s % 1.7 + (s + 40) % (s * s + 3),
         absolute=lambda s, b, h, i, j: abs(s), powers=lambda s, b, h, i, j: (s * s) ** 1.5 + s**3 + s**-2,
@@ -105,8 +102,9 @@ def test_every_operation_has_its_derivative():
         log=lambda s, b, h, i, j: torch.log(s * s + 1), log2=lambda s, b, h, i, j: torch.log2(s * s + 1),
         sqrt=lambda s, b, h, i, j: torch.sqrt(s * s + 1), tanh=lambda s, b, h, i, j: torch.tanh(s),
         sigmoid=lambda s, b, h, i, j: torch.sigmoid(s), sin=lambda s, b, h, i, j: torch.sin(s),
-        cos=lambda s, b, h, i, j: torch.cos(s), whole=lambda s, b, h, i, j: s.long() * s, none=lambda s, b, h, i, j: i,
-        relu=lambda s, b, h, i, j: torch.relu(s), sign=lambda s, b, h, i, j: torch.sign(s) * s,
+        cos=lambda s, b, h, i, j: torch.cos(s), whole=lambda s, b, h, i, j: s.long() * s,
+        relu=lambda s, b, h, i, j: torch.relu(s), none=lambda s, b, h, i, j: i + s * 0,
+        sign=lambda s, b, h, i, j: torch.sign(s) * s,
     )  # fmt: skip
     at = [torch.arange(50) % n for n in (2, 3, 5, 7)]
     s = torch.randn(50, dtype=DOUBLE) * 3
@@ -115,6 +113,12 @@ def test_every_operation_has_its_derivative():
         ours = scattered(program, s, at, torch.ones(50, dtype=DOUBLE))
         theirs = autograd(program, s, at, torch.ones(50, dtype=DOUBLE))
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_steps_are_flat():
+    at, s = [torch.zeros(3, dtype=torch.int64)] * 4, torch.tensor([-1.0, 0.0, 4.0])
+    for plain in (lambda s, b, h, i, j: s // 2, lambda s, b, h, i, j: i, lambda s, b, h, i, j: (s > 1) * 3.0):
+        assert trace(score=plain).derivative().dscore(s, *at).item() == 0
 
 
 def test_a_branch_that_is_not_taken_does_not_reach_the_derivative():
@@ -198,7 +202,7 @@ def test_keys_differ_with_what_changes_the_code():
 def test_integers_are_wide_where_they_must_be():
     assert "int64" not in trace(masks()["natten_2d_clamped"], scores()["softcap"]).source().text
     squares = trace(masks()["circle"])
-    assert "int64" in squares.source().text and "int64" not in squares.source(length=2**14).text
+    assert "int64" in squares.source().text and "int64" not in squares.source(length=2**12).text
     ids = torch.tensor([3, 5])
     program = trace(same_document(ids))
     assert "int64" not in program.source().text and program.source().arguments()[0].dtype == torch.int32
@@ -229,7 +233,7 @@ def test_arguments_are_tensors_sizes_strides_numbers():
     assert values["tensor0_size0"] == 7 and values["tensor1_stride0"] == 1 and values["tensor1_stride1"] == 5
     assert values["operand_forget_size2"] == LENGTH and values["operand_forget_stride1"] == 1
     assert list(values.values())[-3:] == [100, 30.0, 1 / 30]
-    assert source.arguments(**operands)[0] is source.arguments(**operands)[0] or ids.dtype == torch.int32
+    assert source.arguments(**operands)[0].data_ptr() == tensors["tensor0"].data_ptr()  # converted once
     with pytest.raises(TypeError, match="operand 'forget' is missing"):
         source.arguments(gain=operands["gain"], length=operands["length"])
     with pytest.raises(ValueError, match=r"operand 'length' is empty: \[0\]"):
@@ -272,13 +276,13 @@ import triton.language as tl
 
 @triton.jit
 def everything(
-    S, OUT, first_i, first_j, heads, BM: tl.constexpr, BN: tl.constexpr, A, MASK: tl.constexpr, SCORE: tl.constexpr,
+    S, OUT, I, J, heads, BM: tl.constexpr, BN: tl.constexpr, A, MASK: tl.constexpr, SCORE: tl.constexpr,
     DSCORE: tl.constexpr, GRADIENTS: tl.constexpr, PLACES: tl.constexpr,
 ):
     b = tl.program_id(0) // heads
     h = tl.program_id(0) % heads
-    i = first_i + tl.arange(0, BM)[:, None]
-    j = first_j + tl.arange(0, BN)[None, :]
+    i = tl.load(I + tl.arange(0, BM))[:, None]
+    j = tl.load(J + tl.arange(0, BN))[None, :]
     at = tl.program_id(0) * BM * BN + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     step = tl.num_programs(0) * BM * BN
     s = tl.load(S + at)
@@ -293,7 +297,7 @@ def everything(
         tl.store(OUT + (3 + 2 * n) * step + at, tile + GRADIENTS[n](s, b, h, i, j, A))
         tl.store(OUT + (4 + 2 * n) * step + at, tile + PLACES[n](s, b, h, i, j, A))
 """
-OWN = ["S", "OUT", "first_i", "first_j", "heads", "BM: tl.constexpr", "BN: tl.constexpr"]
+OWN = ["S", "OUT", "I", "J", "heads", "BM: tl.constexpr", "BN: tl.constexpr"]
 FUNCTIONS = ("mask", "score", "dscore", "gradients", "places")
 
 
@@ -332,11 +336,8 @@ def unusual() -> dict[str, Program]:
         booleans=trace(lambda b, h, i, j: torch.where(keep[i], keep[j], i < j) ^ (keep[i] == (j < 5))),
         order=trace(lambda b, h, i, j: (keep[i] < keep[j]) | (keep[i] <= (i < 9))),
         functions=trace(score=lambda s, b, h, i, j: torch.exp2(s) + torch.log2(abs(s) + 1) * s.sin() + s.sign()),
-        extremes=trace(score=lambda s, b, h, i, j: s * 1e-40 + torch.maximum(s * -math_inf, s) + (s > 1e39)),
+        extremes=trace(score=lambda s, b, h, i, j: s * 1e-40 + torch.maximum(s * -torch.inf, s) + (s > 1e39)),
     )  # fmt: skip
-
-
-math_inf = float("inf")
 
 
 def cases() -> dict[str, Program]:
@@ -346,73 +347,78 @@ def cases() -> dict[str, Program]:
     return found | unusual()
 
 
-def launch(program: Program, s: torch.Tensor, i: int, j: int, operands: dict) -> tuple[dict, Program]:
-    """What the emitted functions compute for [BATCH, HEADS, rows, columns] from positions i and j on."""
-    source = program.source(outputs=ALL)
-    entry = source.entry("kernels:everything", OWN, FUNCTIONS)
+def launch(
+    program: Program, s: torch.Tensor, i: torch.Tensor, j: torch.Tensor, operands: dict, language: str = "triton"
+) -> tuple[dict, Program]:
+    """What the emitted functions compute for s [BATCH, HEADS, rows, columns] at positions i [rows] and j [columns]."""
+    source = program.source(language, outputs=ALL)
+    module = "kernels" if language == "triton" else "gluon_kernels"
+    entry = source.entry(f"{module}:everything", OWN, FUNCTIONS)
     count = len(source.program.gradients)
-    out = torch.full((3 + 2 * count, *s.shape), torch.nan)
-    entry[(BATCH * HEADS,)](s, out, i, j, HEADS, s.shape[2], s.shape[3], *source.arguments(**operands))
+    out = torch.full((3 + 2 * count, *s.shape), torch.nan, device=s.device)
+    operands = {name: x.to(s.device) for name, x in operands.items()}
+    at = i.int().to(s.device), j.int().to(s.device)
+    entry[(BATCH * HEADS,)](s, out, *at, HEADS, s.shape[2], s.shape[3], *source.arguments(s.device, **operands))
     names = ["mask", "score", "dscore", *(f"{what}_{n}" for n in range(count) for what in ("grad", "place"))]
-    return dict(zip(names, out, strict=True)), source.program
+    return dict(zip(names, out.cpu(), strict=True)), source.program
 
 
-def interpret(folder: str) -> None:
-    """Compares all cases in the interpreter with the graph: the largest differences, in a JSON file."""
+def compare(folder: str, device: str, language: str) -> None:
+    """Compares all cases with the graph: the largest differences, in a JSON file."""
     sys.path.insert(0, folder)
     torch.manual_seed(0)
-    s = torch.randn(BATCH, HEADS, LENGTH, LENGTH) * 3
+    s, i, j = torch.randn(BATCH, HEADS, 64, 128) * 3, torch.randperm(LENGTH)[:64], torch.randperm(LENGTH)[:128]
     report = {}
     for name, program in cases().items():
         operands = forgetting_operands(torch.float32) if program.graph.operands else {}
         try:
-            found, derived = launch(program, s, 0, 0, operands)
-            report[name] = differences(found, derived, s, operands)
+            found, derived = launch(program, s.to(device), i, j, operands, language)
+            report[name] = differences(found, derived, s, grid(i, j), operands)
         except Exception as error:  # one report for all
             report[name] = {"error": f"{type(error).__name__}: {error}"}
-    report["outside"] = {"inside": outside()}
-    Path(folder, "report.json").write_text(json.dumps(report))
+    found = {"cases": report, "outside": outside(device, language)}
+    Path(folder, "report.json").write_text(json.dumps(found))
 
 
-def differences(found: dict, program: Program, s: torch.Tensor, operands: dict) -> dict[str, float]:
-    b, h, i, j = SQUARE
-    inputs = dict(s=s, b=b, h=h, i=i, j=j)
+def differences(found: dict, program: Program, s: torch.Tensor, at: tuple, operands: dict) -> dict[str, float]:
+    inputs = dict(zip("sbhij", (s, *at), strict=True))
     expected = {}
     if program.has_mask:
-        expected["mask"] = program.mask(b, h, i, j, **operands).float()
+        expected["mask"] = program.mask(*at, **operands).float()
     if program.has_score:
-        expected["score"] = program.score(s, b, h, i, j, **operands)
-        expected["dscore"] = program.dscore(s, b, h, i, j, **operands)
+        expected["score"] = program.score(s, *at, **operands)
+        expected["dscore"] = program.dscore(s, *at, **operands)
     for n, gradient in enumerate(program.gradients):
         expected[f"grad_{n}"] = torch.as_tensor(program.evaluate(gradient.factor, inputs, operands), dtype=s.dtype)
         shape = program.table(gradient.source, operands).shape
         offset = torch.zeros((), dtype=torch.int64)
         for k, size in zip(gradient.index, shape, strict=True):
-            at = torch.as_tensor(program.evaluate(k, inputs, operands))
-            offset = offset * size + torch.where(at < 0, at + size, at).clamp(0, size - 1)
+            index = torch.as_tensor(program.evaluate(k, inputs, operands))
+            offset = offset * size + torch.where(index < 0, index + size, index).clamp(0, size - 1)
         expected[f"place_{n}"] = offset.float()
     result = {}
     for name, value in expected.items():
         value, ours = value.expand_as(s), found[name]
         same = (value == ours) | (value.isnan() & ours.isnan())
         gap = torch.where(same, 0.0, (value - ours).abs() / (1 + value.abs()))
-        result[name] = gap.nan_to_num(math_inf).max().item()
+        result[name] = gap.nan_to_num(torch.inf).max().item()
     return result
 
 
-def outside() -> bool:
+def outside(device: str, language: str) -> bool:
     """Whether positions far outside of all tensors read what is inside: their surroundings are poisoned."""
     ids, bias = torch.full((3000,), 77, dtype=torch.int32), torch.full((3, 40, 90), torch.nan)
     ids[1000:1064] = torch.arange(64) // 9
     bias[1, 10:20, 30:60] = 0.5
+    ids, bias = ids.to(device), bias.to(device)
     inner, middle = ids[1000:1064], bias[1, 10:20, 30:60]
     program = trace(
         lambda b, h, i, j: (inner[i] < 70) & (inner[i - j] < 70) & (inner[i // 2] < 70) & (inner[2 * j] < 70),
         lambda s, b, h, i, j: middle[i, j] + middle[j - i, i - 40] + middle[h, b],
     )
     for first_i, first_j in ((-500, -30), (-1, 50), (700, 0), (0, 2**31 - 70), (-(2**31), 2**30)):
-        s = torch.zeros(BATCH, HEADS, 64, 64)
-        found, _ = launch(program, s, first_i, first_j, {})
+        s = torch.zeros(BATCH, HEADS, 64, 64, device=device)
+        found, _ = launch(program, s, first_i + torch.arange(64), first_j + torch.arange(64), {}, language)
         if not (found["mask"] == 1).all() or not (found["score"] == 1.5).all():
             return False
     return True
@@ -424,23 +430,21 @@ def outside() -> bool:
 def compiled(folder: str) -> None:
     """Spilled bytes of kernels for sm_90, what of a launch is specialised, and what the cache does, in a JSON file."""
     sys.path.insert(0, folder)
-    report = {
-        f"{language} {name}": spills(name, language, folder) for name in COMPILED for language in ("triton", "gluon")
-    }
+    report = {name: spills(name, folder) for name in COMPILED}
     report["launches"] = specialised()
     report["cache"] = cached(Path(folder))
     Path(folder, "report.json").write_text(json.dumps(report))
 
 
-COMPILED = {
-    "window_softcap": lambda: trace(window_mask(5), cap_score(30.0)),
-    "documents_alibi": lambda: trace(masks()["document_causal_batched"], scores()["alibi"]),
-    "neighbours_distance": lambda: trace(masks()["natten_2d_clamped"], scores()["log_distance"]),
-    "operands": lambda: trace(lambda b, h, i, j, length: j < length[b], forgetting, operands=FORGET),
-    "shifted_windows": lambda: trace(masks()["swin_shifted"], scores()["swin_bias"]),
-    "wide": lambda: trace(masks()["circle"], lambda s, b, h, i, j: torch.where(i * i * 9 < j, s, -s)),
-    "nothing": lambda: trace(masks()["causal"]),
-}  # fmt: skip
+FORWARD = ("mask", "score")
+COMPILED = dict(
+    softcap=("gluon", FORWARD, 128, lambda: trace(window_mask(5), cap_score(30.0))),
+    softcap_backward=("triton", ALL, 64, lambda: trace(window_mask(5), cap_score(30.0))),
+    documents=("gluon", FORWARD, 128, lambda: trace(masks()["document_causal_batched"], scores()["alibi"])),
+    neighbours=("gluon", FORWARD, 128, lambda: trace(masks()["natten_2d_clamped"], scores()["log_distance"])),
+    operands=("gluon", ALL, 16, lambda: trace(lambda b, h, i, j, length: j < length[b], forgetting, FORGET)),
+    wide=("triton", FORWARD, 64, lambda: trace(masks()["circle"], lambda s, b, h, i, j: s * (i * i * 9 < j))),
+)  # fmt: skip
 GLUON = "ml: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])"
 DTYPES = {torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 
@@ -454,20 +458,23 @@ def gluon_kernels() -> str:
     return text.replace("arange(0, BN)", "arange(0, BN, tl.SliceLayout(0, ml))")
 
 
-def spills(name: str, language: str, folder: str) -> str:
+def spills(name: str, folder: str) -> str:
     """What ptxas says of registers that do not suffice."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    program = COMPILED[name]()
-    source = program.source(language, ALL)
+    language, outputs, width, make_program = COMPILED[name]
+    program = make_program()
+    source = program.source(language, outputs)
     module = "kernels" if language == "triton" else "gluon_kernels"
     entry = source.entry(f"{module}:everything", OWN, FUNCTIONS)
     operands = forgetting_operands(torch.float32) if program.graph.operands else {}
-    types = dict.fromkeys(entry.arg_names, "i32") | dict(S="*fp32", OUT="*fp32", BM="constexpr", BN="constexpr")
-    constants = dict(BM=64, BN=128)
+    types = dict.fromkeys(entry.arg_names, "i32") | dict(
+        S="*fp32", OUT="*fp32", I="*i32", J="*i32", BM="constexpr", BN="constexpr"
+    )  # fmt: skip
+    constants = dict(BM=64, BN=width)
     for argument, value in zip(source.signature, source.arguments(**operands), strict=True):
         if argument.kind == "pointer":
             types[argument.name] = f"*{DTYPES[value.dtype]}"
@@ -502,10 +509,10 @@ def specialised() -> dict[str, list]:
             lambda s, b, h, i, j: cap_score(cap)(s, b, h, i, j) + bias[h, i],
         )
         source = program.source(outputs=ALL)
-        entry = source.entry("kernels:everything", OWN, FUNCTIONS, fixed=["first_i"])
+        entry = source.entry("kernels:everything", OWN, FUNCTIONS, fixed=["heads"])
         bind = create_function_from_signature(entry.signature, entry.params, backend)
         s = torch.zeros(64)
-        return [source.key, str(bind(s, s, count, 0, 1, 64, 64, *source.arguments())[1])]
+        return [source.key, str(bind(s, s, ids, ids, count, 64, 64, *source.arguments())[1])]
 
     kinds = [(128, 30.0, 512, 16), (4096, 50.0, 777, 16), (1, 1.0, 16, 1), (0, 0.0, 5, 5), (-16, -3.5, 48, 2**20)]
     entry_of_its_own = [key(128, 30.0, 512, 16), *(key(*kind) for kind in kinds)]
@@ -514,14 +521,14 @@ def specialised() -> dict[str, list]:
 
 def cached(folder: Path) -> dict[str, bool]:
     """What lies in the cache folder and is not what was written is written again; nothing else is left there."""
-    source = trace(lambda b, h, i, j: i - 3 * j < 17).source()
+    source = trace(lambda b, h, i, j: 17 * i < 3 * j).source()
     cache = Path(os.environ["MANYHEADS_CACHE"])
     path = cache / f"manyheads_kernels_{source.key}.py"
     path.write_text("half a ")
     module = source.module()
     return {
         "written": path.read_text() == source.text,
-        "once": source.module() is module is trace(lambda b, h, i, j: i - 3 * j < 99).source().module(),
+        "once": source.module() is module is trace(lambda x, y, row, key: 17 * row < 3 * key).source().module(),
         "named": module.__file__ == str(path) and callable(module.mask.fn),
         "clean": all(file.suffix == ".py" or file.is_dir() for file in cache.iterdir()),
     }
@@ -530,12 +537,13 @@ def cached(folder: Path) -> dict[str, bool]:
 # ---- the processes ----
 
 
-def elsewhere(function: str, folder: Path, interpreted: bool) -> dict:
+def elsewhere(call: str, folder: Path, interpreted: bool = False) -> dict:
     (folder / "kernels.py").write_text(KERNELS)
     (folder / "gluon_kernels.py").write_text(gluon_kernels())
     environment = {**os.environ, "MANYHEADS_CACHE": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "triton")}
     environment["TRITON_INTERPRET"] = "1" if interpreted else "0"
-    code = f"import test_emit; test_emit.{function}({str(folder)!r})"
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    code = f"import test_emit; test_emit.{call.format(folder=str(folder))}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
     )
@@ -545,33 +553,64 @@ def elsewhere(function: str, folder: Path, interpreted: bool) -> dict:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict:
-    return elsewhere("interpret", tmp_path_factory.mktemp("interpreted"), interpreted=True)
+    folder = tmp_path_factory.mktemp("interpreted")
+    return elsewhere("compare({folder!r}, 'cpu', 'triton')", folder, interpreted=True)
 
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory) -> dict:
-    return elsewhere("compiled", tmp_path_factory.mktemp("compiled"), interpreted=False)
+    return elsewhere("compiled({folder!r})", tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory) -> dict:
+    """By language; side by side, as most of the time goes into compiling."""
+    languages = ("triton", "gluon")
+    with ThreadPoolExecutor() as pool:
+        folders = [tmp_path_factory.mktemp(language) for language in languages]
+        calls = [f"compare({{folder!r}}, 'cuda', '{language}')" for language in languages]
+        return dict(zip(languages, pool.map(elsewhere, calls, folders), strict=True))
 
 
 @needs_triton
 @pytest.mark.parametrize("name", cases())
 def test_the_text_computes_what_the_graph_does(interpreted, name):
+    report = interpreted["cases"][name]
+    assert agrees(report), report
+
+
+def agrees(report: dict) -> bool:
     """Masks and places bit for bit; the others as float32 rounds."""
-    for output, difference in interpreted[name].items():
-        assert output != "error", difference
-        assert difference <= (0 if output in ("mask", "place") or output.startswith("place_") else 1e-5), output
+    exact = all(x == 0 for name, x in report.items() if name == "mask" or name.startswith("place_"))
+    return exact and "error" not in report and max(report.values()) <= 1e-5
 
 
 @needs_triton
 def test_lanes_outside_read_nothing_outside(interpreted):
-    assert interpreted["outside"]["inside"]
+    assert interpreted["outside"]
+
+
+# Masks that a GPU computes otherwise.
+INEXACT = {
+    "nasty_nan_in_exponential",  # ptxas takes for granted that ex2 is at least 0, even of a NaN
+    "nasty_rounded_constant",  # the remainder of a division is lost in rounding if the quotient is some billions
+}
 
 
 @needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("language", ["triton", "gluon"])
+def test_a_gpu_computes_what_the_graph_does(on_gpu, language):
+    wrong = {name: report for name, report in on_gpu[language]["cases"].items() if not agrees(report)}
+    assert not wrong.keys() - INEXACT
+    assert on_gpu[language]["outside"]
+
+
+@needs_triton
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_hopper_without_spills(offline, name, language):
-    assert offline[f"{language} {name}"] == "0 bytes spill stores 0 bytes spill loads"
+def test_compiles_for_hopper_without_spills(offline, name):
+    assert offline[name] == "0 bytes spill stores 0 bytes spill loads"
 
 
 @needs_triton

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program, TraceError, trace
+from manyheads.core.expressions.ops import interval_of
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 256, 16
 
@@ -167,10 +168,10 @@ def test_narrow_dtypes_are_computed_wide_and_kept():
     bias = torch.full((8,), 1 / 3, dtype=torch.bfloat16)
     small = torch.full((8,), 200, dtype=torch.uint8)
     s, at = torch.ones(1, dtype=torch.bfloat16), [torch.zeros(1, dtype=torch.int64)] * 4
-    result = trace(score=lambda s, b, h, i, j: (s + bias[i]) * 300 - 400).score(s, *at)
+    result = trace(score=lambda s, b, h, i, j: (s * 3.001 + bias[i] * 3.001) * 300 - 1200).score(s, *at)
     assert result.dtype == torch.bfloat16
-    assert result.item() == (torch.tensor((1 + bias[0].item()) * 300 - 400).bfloat16()).item()
-    assert trace(lambda b, h, i, j: small[i] * 300 == 60000).mask(*at)
+    assert result.item() == (torch.tensor((1 + bias[0].item()) * 3.001 * 300 - 1200).bfloat16()).item()
+    assert trace(lambda b, h, i, j: small[i] * 300 > 50000 + j).mask(*at)
 
 
 @pytest.mark.parametrize("name", scores())
@@ -290,8 +291,8 @@ def test_reads_beyond_a_tensor_wrap_once_and_are_clamped():
         for i, expected in ((4, 40), (5, 40), (1000, 40), (-1, 40), (-5, 0), (-6, 0), (-1000, 0)):
             program = trace(plain)
             assert program.mask(*map(torch.tensor, (0, 0, i, expected))), i
-    beyond, before = 7, -9
-    assert trace(lambda b, h, i, j: table[beyond] + table[before] == 40).mask(*SQUARE)
+    beyond, before, back = 7, -9, -2
+    assert trace(lambda b, h, i, j: table[beyond] + table[before] + table[back] == 70).mask(*SQUARE)
 
 
 def test_what_was_captured_moves_to_the_device_of_the_positions():
@@ -374,6 +375,10 @@ def test_tiles_are_sound(name, layout):
         check_tiles(program, *layouts()[layout], tile)
 
 
+broken = torch.linspace(-9, 9, LENGTH)
+broken[::50] = math.nan
+broken[7::50] = math.inf
+
 NASTY = dict(
     nan=lambda b, h, i, j: torch.sqrt((i - 2 * j) * 1.0) >= 0,
     nan_at_most_infinity=lambda b, h, i, j: torch.sqrt((i - 2 * j) * 1.0) <= math.inf,
@@ -386,10 +391,19 @@ NASTY = dict(
     rounded_equality=lambda b, h, i, j: (i + 2 * j) * 0.1 == (i + 2 * j) / 10,
     floor_below_zero=lambda b, h, i, j: (i - 2 * j) // 16 >= -4,
     divisor_of_both_signs=lambda b, h, i, j: 100 / (i - 2 * j + 0.5) < 3,
-    negative_divisor=lambda b, h, i, j: (i + 2 * j) % -7 < -2,
+    negative_divisor=lambda b, h, i, j: (i + 2 * j) % -7 == -3,
+    moving_divisor=lambda b, h, i, j: (i + 2 * j) % (i * 4 + 100) < 50,
+    modulus_of_infinity=lambda b, h, i, j: torch.exp((i + 2 * j) * 1.0) % 2.0 < 3,
+    nan_captured=lambda b, h, i, j: broken[i] >= broken[j] * 1.5,
+    sum_of_unknowns=lambda b, h, i, j: sum((i - 2 * j) ^ k for k in (1, 2, 4, 8)) > 0,
+    bits_of_one_negative=lambda b, h, i, j: ((i + j) | (i - 2 * j)) >= 0,
     saturating=lambda b, h, i, j: ((i - 2 * j) ^ 5) * ((i - 2 * j) ^ 9) * 1000 > 77,
     bits=lambda b, h, i, j: ((i + 2 * j) & 48) | ((i - 2 * j) & 7) < 40,
     shifts=lambda b, h, i, j: ((i - 2 * j) << 3) >> 5 < -2,
+    elementary=lambda b, h, i, j: (
+        torch.sigmoid((i - 2 * j) * 0.05) + torch.tanh((i - 3 * j) * 0.02) * torch.exp2((j - 2 * i) * 0.01)
+        < torch.log2(i + 2 * j + 1.0) * 0.2 - torch.sqrt(i + 3 * j + 1.0) * 0.03
+    ),
     truncation=lambda b, h, i, j: ((i - 2 * j) * 0.3).long() == 0,
     xor_of_masks=lambda b, h, i, j: (i < 2 * j) ^ (i + j > 200),
     equal_masks=lambda b, h, i, j: (i < 2 * j) == (i + j > 200),
@@ -407,6 +421,50 @@ def test_tiles_are_sound_where_numbers_are_nasty(name):
     for layout in ("aligned", "tails", "gaps"):
         for tile in TILES:
             check_tiles(program, *layouts()[layout], tile)
+    check_tiles(program, range(40), range(40), (1, 1))  # the bounds are what was computed: nothing hides rounding
+
+
+BOUNDED = dict(
+    bits=lambda b, h, i, j: ((i - 2 * j) & 7) < 8,
+    more_bits=lambda b, h, i, j: ((i + 2 * j) | (3 * i + j)) - ((i + 2 * j) ^ (3 * i + j)) > -1024,
+    remainder=lambda b, h, i, j: (i - 2 * j) % 5 < 5,
+    shifts=lambda b, h, i, j: ((i + 2 * j + 32) << 2) >> 1 >= 64,
+    quotient=lambda b, h, i, j: (i + 2 * j) // 5 >= 0,
+    float_quotient=lambda b, h, i, j: (i + 2 * j + 1.5) // 2 >= 0,
+    absolute=lambda b, h, i, j: abs(i - 2 * j) > -1,
+    square=lambda b, h, i, j: (i - 2 * j) ** 2 >= 0,
+    minimum=lambda b, h, i, j: torch.minimum(i - 2 * j, i * 0 + 5) < 6,
+    maximum=lambda b, h, i, j: torch.maximum(i + j + 9, i - 2 * j) > 4,
+    clamp=lambda b, h, i, j: (i - 2 * j).clamp(3, 9) + (2 * i - j).clamp(max=2) <= 11,
+    where=lambda b, h, i, j: torch.where(i < 2 * j, 3, 5) > 2,
+    tanh=lambda b, h, i, j: torch.tanh((i - 2 * j) * 0.01) < 1.5,
+    sigmoid=lambda b, h, i, j: torch.sigmoid((i - 2 * j) * 0.01) > -0.5,
+    waves=lambda b, h, i, j: torch.sin((i - 2 * j) * 0.01) * torch.cos((i - 2 * j) * 0.01) < 1.5,
+    growth=lambda b, h, i, j: torch.exp((i + 2 * j) * -0.1) + torch.exp2((i - 2 * j) * 0.01) > 0,
+    logarithm=lambda b, h, i, j: torch.log(i + 2 * j + 1.0) + torch.log2(i + 2 * j + 1.0) < 17,
+    root=lambda b, h, i, j: torch.sqrt(i + 2 * j + 1.0) >= 0.5,
+    floor=lambda b, h, i, j: torch.floor((i + 2 * j) * 0.5) >= 0,
+    integer=lambda b, h, i, j: ((i + 2 * j) * 0.5 + 1.5).long() > 0,
+    division=lambda b, h, i, j: (i + 2 * j) / 5 > -0.5,
+    exclusive=lambda b, h, i, j: ~((i + 2 * j < 0) ^ (i + 2 * j > 5000)),
+    same_truth=lambda b, h, i, j: (i + 2 * j < 0) == (i + 2 * j > 5000),
+    strict=lambda b, h, i, j: ~(i // 128 + 1 < j // 128),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounds_show_what_is_always_true(name):
+    program = trace(BOUNDED[name])
+    q = kv = range(LENGTH)
+    assert check_tiles(program, q, kv, (64, 32)) == 0
+    assert (program.tiles(q, kv, tile=(64, 32), heads=HEADS, batch=BATCH) == FULL).all()
+
+
+def test_a_quotient_may_be_rounded_up_to_the_next_integer():
+    """torch's own float division with floor is exact, but floor(a / b) in a kernel is not."""
+    a, b = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    low, high = interval_of("floordiv", "f", [(a, a), (b, b)])
+    assert low < 2.1 and high > 2.9
 
 
 def test_tiles_of_tensors_read_at_indices_that_are_bounded_only():
@@ -682,12 +740,43 @@ def test_branches_are_merged():
             assert result[at] == bool(plain(*at))
 
 
+SPELLINGS = [
+    lambda s, x: torch.relu(s) + s.clamp_min(-0.3) - s.clamp_max(0.7) + s.clip(-0.5, 0.4) + torch.clamp(s, max=0.1),
+    lambda s, x: torch.sign(s) + s.ceil() + 2 * s.floor() + torch.sign(x - 4) + torch.absolute(s).neg(),
+    lambda s, x: torch.rsub(s, 2.0) + (s + 2).rsqrt() + torch.reciprocal(s + 3) + torch.log1p(s.abs()) + (+s),
+    lambda s, x: torch.exp2(s) + torch.sin(s) * s.cos() - torch.log(s.abs() + 1) + torch.square(s) + s.sigmoid(),
+    lambda s, x: (torch.logical_xor(x, x > 4) | torch.logical_and(x, s) | torch.logical_not(x - 2)).float(),
+    lambda s, x: torch.floor_divide(x, 3) + torch.div(x, 2, rounding_mode="floor") + torch.remainder(x, 3) * s,
+    lambda s, x: torch.true_divide(x, 3) - torch.subtract(x, s) + torch.multiply(s, x) * torch.maximum(s, s * x),
+    lambda s, x: (~x) * s + (x ^ 3) + (x & 6) + (x | 9) + (x << 2) + (x >> 1) + 7 // (x + 1) - 3 / (x + 1),
+    lambda s, x: torch.where(torch.ne(x, 3) & torch.ge(x, 2) & torch.gt(s, -1) & (x.long() <= 5), s, x),
+    lambda s, x: (s * 2.7).to(torch.int64) + x.to(s.dtype) + x.type_as(s) + (s * 3).int() + (x > 2).to(s.dtype),
+    lambda s, x: (s > 0).bool() * 2.0 + (x.bool() == (s > 0.5)) + (2.0 - s) + (1 - x) + 2**x + 7 % (x + 1),
+    lambda s, x: torch.bitwise_and(x, 5) + torch.bitwise_or(x, 8) - torch.bitwise_xor(x, 3) * torch.bitwise_not(x),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", SPELLINGS)
+def test_spellings_equal_torch(plain):
+    s = torch.linspace(-1.9, 1.9, 33, dtype=torch.float64)[:, None]
+    x = torch.arange(9)
+    result = trace(score=lambda s, b, h, i, j: plain(s, j)).score(s, x, x, x, x)
+    torch.testing.assert_close(result, plain(s, x).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_floats_are_not_simplified_away():
+    s, at = torch.tensor([math.inf, math.nan, 1.5, -1.5]), [torch.arange(4)] * 4
+    for plain in (lambda s, b, h, i, j: s * 0.0, lambda s, b, h, i, j: s // 1.0, lambda s, b, h, i, j: s - s):
+        torch.testing.assert_close(trace(score=plain).score(s, *at), plain(s, *at), equal_nan=True)
+
+
 def test_powers():
     s, at = torch.rand(9, dtype=torch.float64) + 0.5, [torch.arange(9)] * 4
     for plain in (
         lambda s, b, h, i, j: s**2 + s**5 - s**-3 + s**0.5 + s**1.7 + s**0,
         lambda s, b, h, i, j: s * 0.9 ** (i + j) + 2**i,
         lambda s, b, h, i, j: (s - 3.0) ** 9 + (i - 4) ** 3,
+        lambda s, b, h, i, j: s + (i * 1000) ** 8.0,
     ):
         torch.testing.assert_close(trace(score=plain).score(s, *at), plain(s, *at).double(), rtol=1e-6, atol=1e-6)
 

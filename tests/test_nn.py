@@ -93,6 +93,17 @@ def test_multi_token_attention_starts_as_causal_attention():
     torch.testing.assert_close(attend(x), plain(x))
 
 
+@pytest.mark.parametrize("rope_theta", [None, 500.0])
+def test_projects_rotates_attends_and_projects(rope_theta):
+    attend = Attention(DIM, HEADS, kv_heads=2, rope_theta=rope_theta, bias=True)
+    x, at = torch.randn(2, LENGTH, DIM), torch.arange(LENGTH)[None]
+    q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (attend.q, attend.k, attend.v))
+    if rope_theta is not None:
+        q, k = rotate(q, at, rope_theta), rotate(k, at, rope_theta)
+    o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend(x), attend.o(o.transpose(1, 2).flatten(2)))
+
+
 def test_rotary_positions_are_relative():
     """Scores of rotated vectors depend on the distance alone, and a padded row may start anywhere."""
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from manyheads.cli.printing import AsJson, make_console, print_json, sentence, make_table
+from manyheads.cli.printing import AsJson, make_console, make_table, print_json, sentence
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyheads.cli.printing import AsJson, bold, make_console, print_json, make_table
+from manyheads.cli.printing import AsJson, bold, make_console, make_table, print_json
 
 if TYPE_CHECKING:
     from manyheads.cache.policy import Recipe

@@ -72,11 +72,14 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
 
 
 def _tiles(program: Program, x: Inputs, size: int, operands: dict[str, Tensor]) -> Tensor:
-    """The tile map on the CPU. For little work, a step of decoding above all, a map would cost more than it saves: there
-    every tile is partial, or full if there is nothing to mask."""
+    """The tile map on the CPU.
+
+    For little work, a step of decoding above all, a map would cost more than it saves: every tile is then partial, or
+    full if there is nothing to mask.
+    """
     if x.q_len * x.kv_len > SMALL:
         return program.tiles(
-            x.q_positions, x.kv_positions, tile=(size, KEY_TILE), batch=x.batch, heads=x.heads, **operands
+            x.q_positions, x.kv_positions, (size, KEY_TILE), x.batch, x.heads, device=None, **operands
         ).cpu()
     state = PARTIAL if program.has_mask or x.ragged else FULL
     return torch.full((1, 1, -(-x.q_len // size), -(-x.kv_len // KEY_TILE)), state, dtype=torch.uint8)

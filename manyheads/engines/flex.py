@@ -53,8 +53,9 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
     assert isinstance(form, Scores), "why_not said so"
     program, device = form.program, x.q.device
     operands = position_operands(form, x)
-    tiles = program.tiles(x.q_positions, x.kv_positions, tile=(TILE, TILE), batch=x.batch, heads=x.heads, **operands)
-    tiles = tiles.to(device)
+    tiles = program.tiles(
+        x.q_positions, x.kv_positions, (TILE, TILE), x.batch, x.heads, device=device, **operands
+    )  # fmt: skip
     partial = tiles == PARTIAL
     if x.kv_len % TILE:  # the last tile sticks out of the keys: let the mask see to it
         partial[..., -1] |= tiles[..., -1] == FULL

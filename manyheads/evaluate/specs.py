@@ -98,11 +98,13 @@ def fit(spec: Spec, context: int) -> Spec:
 
 
 def defaults(context: int) -> list[Spec]:
-    """Dense, every mechanism that a trained model can take, every policy, then those that need training."""
+    """Dense, every mechanism that a trained model can take, every policy at a half and a quarter, then those that need
+    training."""
     from manyheads.cache import policies
 
     found = [Spec(name, "mechanism") for name in names()]
     able = [s for s in found if not get(s.name).trained and get(s.name).causal and s.name != "causal"]
     untrained = [s for s in found if get(s.name).trained]
-    kept = [Spec(name, "policy") for name in policies.names() if name != "keep_all"]
+    evicting = [name for name in policies.names() if name != "keep_all"]
+    kept = [Spec(name, "policy", {"budget": context // part}) for name in evicting for part in (2, 4)]
     return [DENSE, *(fit(spec, context) for spec in (*able, *kept, *untrained))]

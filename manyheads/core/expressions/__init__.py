@@ -148,6 +148,7 @@ class Program:
             return self
         if self._derivative is None:
             self._derivative = Program(derive(self.graph, self.tensors), self.numbers, self.tensors)
+            self._derivative.tables = self.tables  # moved and converted once for both
         return self._derivative
 
     def source(

@@ -11,8 +11,8 @@ tensors of the kernel language; results broadcast to the tile, derivatives may b
 arguments that Source.signature lists. What a lane outside of the scores computes means nothing, but it reads no memory
 that is not a tensor's: indices are clamped everywhere.
 
-Integers are 32 bits wide unless their bounds say otherwise. Nothing in the text depends on the value of a number, but
-for its magnitude beyond NUMBERS, nor on what tensors hold, but for integers beyond SMALL.
+Integers are 32 bits wide unless their bounds say otherwise. The text depends on no number, but for the magnitude of
+integers beyond the longest position, and on nothing that tensors hold, but for integers beyond SMALL.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from manyheads.core.expressions import Program
 
 SMALL = 2**24  # integers in tensors that count as small
-NUMBERS = 2**20  # lifted integers are taken to be below this, or below the next power of two
 INDICES = 2**16  # of batch and head
 NARROW = 2**31  # what does not fit 32 bits
 
@@ -98,6 +97,8 @@ def lg2(x):
 """,
 }
 USES = {"floordiv_real": ("floormod",)}
+# Masks compare what positions give, and must not round it otherwise than tensors do; scores may.
+EXACT_TEXT = {"div": "tl.div_rn({0}, {1})", "sqrt": "tl.sqrt_rn({0})"}
 GLUON_TEXT = {"log": "lg2({0}) * 0.6931471805599453", "log2": "lg2({0})"}
 
 
@@ -158,7 +159,7 @@ class Writer:
             far = SMALL if node.payload in self.small else FAR
             return -far, far
         if index in self._is_number:
-            far = max(NUMBERS, 1 << abs(int(self.constants[index])).bit_length())
+            far = max(self.length, 1 << abs(int(self.constants[index])).bit_length())
             return -far, far
         return interval_of(node.op, node.kind, [self._bounds[a] for a in node.args])
 
@@ -258,14 +259,16 @@ class Writer:
     def _spelling(self, index: int, node: Node) -> str:
         if node.op in ("floordiv", "mod"):
             return self._division(node)
-        if node.op == "div" and "s" in node.depends and (inverse := self._inverse(node.args[1])):
+        if "s" not in node.depends and node.op in EXACT_TEXT:
+            return EXACT_TEXT[node.op]
+        if node.op == "div" and (inverse := self._inverse(node.args[1])):
             return f"{{0}} * {inverse}"
         if self.language == "gluon" and node.op in GLUON_TEXT:
             return GLUON_TEXT[node.op]
         return OPS[node.op].text
 
     def _inverse(self, divisor: int) -> str | None:
-        """One over a number. Only scores are multiplied by it: it rounds differently, and masks must not."""
+        """One over a number, by which scores are multiplied where they are divided by that."""
         if divisor in self._is_number:
             return self.argument("inverse", divisor)
         node = self.nodes[divisor]

@@ -162,7 +162,7 @@ def _if(sure: Tensor, bounds: Bounds) -> Bounds:
 
 def _rising(function: Callable[[Tensor], Tensor]) -> Callable[[Bounds], Bounds]:
     def interval(a: Bounds) -> Bounds:
-        return known(function(a[0]), function(a[1]))
+        return function(a[0]), function(a[1])
 
     return interval
 

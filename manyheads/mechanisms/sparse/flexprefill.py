@@ -141,8 +141,8 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
 
         k_means = means(k)
         estimate = scores(shown.mean(-2, keepdim=True), k_means).softmax(-1).squeeze(-2)
-        middle = (estimate + columns) / 2
-        divergence = sum((torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(-1) / 2 for p in (estimate, columns))
+        both = torch.stack([estimate, columns])
+        divergence = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1).mean(0)
         aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
 
         share = torch.where(aware, 0.0, gamma)

@@ -1,0 +1,341 @@
+"""Runs Gluon kernels for Hopper in numpy: each warp group is a thread, barriers block, and what is read too early or
+freed too soon shows.
+
+A copy lands the moment it is issued, a matrix product reads its operands as late as the kernel allows: only when the
+kernel waits for it. Shared memory starts as NaN. Layouts, registers and speed are not emulated.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+TIMEOUT = 20.0
+PAUSE = 2e-4  # after what frees memory, so that others may overwrite it
+_changed = threading.Condition()
+_local = threading.local()
+_grid = SimpleNamespace(pid=0)
+
+
+class Int(int):
+    """A scalar of the kernel."""
+
+    def to(self, dtype: str) -> Any:
+        return self if dtype.startswith("int") else Array.of(np.float32(self))
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "rshift", "lshift", "and", "or", "neg"):
+
+    def _operation(self: Int, *other: Any, own: Any = getattr(int, f"__{_name}__")) -> Any:  # noqa: B008
+        result = own(self, *other)
+        return Int(result) if result is not NotImplemented else result
+
+    setattr(Int, f"__{_name}__", _operation)
+
+
+class Array(np.ndarray):
+    """A tensor of the kernel, in float32 where the kernel has 16 bits."""
+
+    @staticmethod
+    def of(values: Any) -> Array:
+        return np.asarray(values).view(Array)
+
+    def to(self, dtype: str) -> Array:
+        if dtype in ("bfloat16", "float16"):
+            return Array.of(rounded(self, dtype))
+        return Array.of(self.astype(dtype))
+
+
+def rounded(values: Any, dtype: str) -> np.ndarray:
+    plain = np.ascontiguousarray(values, np.float32)
+    return torch.from_numpy(plain.reshape(-1)).to(getattr(torch, dtype)).float().numpy().reshape(plain.shape)
+
+
+# ---- shared memory, barriers, copies ----
+
+
+class Shared:
+    def __init__(self, values: np.ndarray):
+        self.values, self.shape = values, values.shape
+
+    def index(self, k: Any) -> Shared:
+        return Shared(self.values[int(k)])
+
+    def reshape(self, shape: Any) -> Shared:
+        return Shared(self.values.reshape(shape))
+
+    def permute(self, order: Any) -> Shared:
+        return Shared(self.values.transpose(order))
+
+    def store(self, values: Any) -> None:
+        self.values[...] = values
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def settle(self) -> None:
+        assert self.pending >= 0, "more arrivals than the barrier was made for"
+        if not self.pending and not self.bytes:
+            self.phase ^= 1
+            self.pending = self.count
+            _changed.notify_all()
+
+
+class Barriers:
+    def __init__(self, n: int):
+        self.all = [Barrier() for _ in range(n)]
+
+    def index(self, k: Any) -> Barrier:
+        return self.all[int(k)]
+
+
+class mbarrier:
+    MBarrierLayout = staticmethod(lambda: None)
+
+    @staticmethod
+    def init(barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.pending = count
+
+    @staticmethod
+    def expect(barrier: Barrier, bytes: int) -> None:
+        with _changed:
+            barrier.bytes += bytes
+            barrier.pending -= 1
+            barrier.settle()
+
+    @staticmethod
+    def arrive(barrier: Barrier) -> None:
+        with _changed:
+            barrier.pending -= 1
+            barrier.settle()
+        time.sleep(PAUSE)
+
+    @staticmethod
+    def wait(barrier: Barrier, phase: int) -> None:
+        with _changed:
+            if not _changed.wait_for(lambda: barrier.phase != phase, timeout=TIMEOUT):
+                raise RuntimeError("a barrier is waited for that nobody completes")
+
+
+class Descriptor:
+    def __init__(self, given: Any):
+        base = given.base
+        self.tensor = base.as_strided(list(given.shape), list(given.strides), base.storage_offset())
+        self.block_shape, self.layout, self.dtype = given.block_shape, None, str(base.dtype).removeprefix("torch.")
+
+    def box(self, at: Any) -> tuple[torch.Tensor, tuple[slice, ...]]:
+        """The part of a box that is inside, and where it lies in the box."""
+        starts, sizes = [int(c) for c in at], [int(n) for n in self.block_shape]
+        spans = [
+            (min(max(c, 0), n), min(max(c + s, 0), n)) for c, s, n in zip(starts, sizes, self.tensor.shape, strict=True)
+        ]
+        inside = tuple(slice(a - c, b - c) for c, (a, b) in zip(starts, spans, strict=True))
+        return self.tensor[tuple(slice(a, b) for a, b in spans)], inside
+
+
+def tma_load(source: Descriptor, at: Any, barrier: Barrier, target: Shared) -> None:
+    assert target.shape == tuple(source.block_shape)
+    part, inside = source.box(at)
+    target.values[...] = 0
+    target.values[inside] = part.float().numpy()
+    with _changed:
+        barrier.bytes -= target.values.size * source.tensor.element_size()
+        barrier.settle()
+
+
+def tma_store(target: Descriptor, at: Any, source: Shared) -> None:
+    part, inside = target.box(at)
+    part.copy_(torch.from_numpy(np.ascontiguousarray(source.values[inside])))
+
+
+def tma_store_wait(pending: int) -> None:
+    pass
+
+
+def fence_async_shared() -> None:
+    pass
+
+
+# ---- matrix products ----
+
+
+class Later:
+    def __init__(self, compute: Any):
+        self.compute, self.value = compute, None
+
+
+def warpgroup_mma(a: Any, b: Any, c: Any, use_acc: bool = True, is_async: bool = False) -> Later:
+    assert is_async
+
+    def compute() -> Array:
+        left, right = (x.values if isinstance(x, Shared) else np.asarray(x) for x in (a, b))
+        return Array.of((left @ right).astype(np.float32) + (np.asarray(c) if use_acc else np.float32(0)))
+
+    later = Later(compute)
+    _local.queue.append(later)
+    return later
+
+
+def warpgroup_mma_wait(outstanding: int, deps: list[Later]) -> Array:
+    while len(_local.queue) > outstanding:
+        later = _local.queue.pop(0)
+        later.value = later.compute()
+    assert all(d.value is not None for d in deps), "a product is used before it is waited for"
+    return deps[0].value
+
+
+# ---- the language ----
+
+
+class Pointer:
+    def __init__(self, values: np.ndarray, at: Any = 0):
+        self.values, self.at = values, at
+
+    @staticmethod
+    def to_tensor(x: torch.Tensor) -> Pointer:
+        size = x.untyped_storage().nbytes() // x.element_size()
+        flat = x.as_strided((size,), (1,), 0)
+        return Pointer(
+            (flat.float() if x.dtype in (torch.bfloat16, torch.float16) else flat).numpy(), x.storage_offset()
+        )
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.values, self.at + offset)
+
+
+def _load(at: Pointer) -> Any:
+    index = np.asarray(at.at)
+    assert index.min() >= 0 and index.max() < at.values.size, "read outside of a tensor"
+    found = at.values[index]
+    return Int(found) if np.ndim(found) == 0 and found.dtype.kind == "i" else Array.of(found)
+
+
+def _store(at: Pointer, values: Any, mask: Any) -> None:
+    at.values[np.asarray(at.at)[np.asarray(mask)]] = np.asarray(values)[np.asarray(mask)]
+
+
+def _where(test: Any, a: Any, b: Any) -> Any:
+    narrow = [np.float32(x) if isinstance(x, float) else x for x in (a, b)]
+    result = np.where(test, *narrow)
+    return Int(result) if result.ndim == 0 and result.dtype.kind == "i" else Array.of(result)
+
+
+def _either(choose: Any) -> Any:
+    def of(a: Any, b: Any) -> Any:
+        result = choose(a, b)
+        return Int(result) if np.ndim(result) == 0 and np.asarray(result).dtype.kind == "i" else Array.of(result)
+
+    return of
+
+
+def _allocate(dtype: str, shape: list[int], layout: Any) -> Any:
+    if dtype == "int64":
+        return Barrier() if len(shape) == 1 else Barriers(shape[0])
+    return Shared(np.full(shape, np.nan, np.float32))
+
+
+def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:
+    errors = []
+
+    def work(function: Any, args: Any) -> None:
+        _local.queue = []
+        try:
+            with np.errstate(all="ignore"):
+                function(*args)
+            assert not _local.queue, "a matrix product is never waited for"
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=part, daemon=True) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _unary(function: Any) -> Any:
+    return lambda x: Array.of(function(np.asarray(x, np.float32)))
+
+
+gl: Any = SimpleNamespace(
+    bfloat16="bfloat16", float16="float16", float32="float32", int32="int32", int64="int64",
+    constexpr=lambda value: value, static_range=range,
+    SliceLayout=lambda *a: None, DotOperandLayout=lambda *a: None, NVMMADistributedLayout=lambda *a: None,
+    full=lambda shape, value, dtype, layout: Array.of(np.full(shape, value, np.float32)),
+    arange=lambda start, end, layout: Array.of(np.arange(start, end)),
+    convert_layout=lambda x, layout: x,
+    where=_where, maximum=_either(np.maximum), minimum=_either(np.minimum),
+    exp2=_unary(np.exp2), exp=_unary(np.exp), log2=_unary(np.log2), log=_unary(np.log), floor=_unary(np.floor),
+    sqrt=_unary(np.sqrt), abs=lambda x: Int(abs(x)) if isinstance(x, int) else Array.of(np.abs(x)),
+    cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
+    max=lambda x, axis: Array.of(x.max(axis)), sum=lambda x, axis: Array.of(x.sum(axis)),
+    load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
+    program_id=lambda axis: Int(_grid.pid),
+)  # fmt: skip
+gluon: Any = SimpleNamespace(jit=lambda f=None, **options: f if f is not None else lambda g: g)
+
+
+# ---- kernels ----
+
+
+class Kernel:
+    """A kernel with the launch syntax of a jitted one, over torch tensors in main memory."""
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            given = [self._given(a) for a in args]
+            for pid in range(grid[0]):
+                _grid.pid = pid
+                self.function(*given)
+
+        return launch
+
+    @staticmethod
+    def _given(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return Pointer.to_tensor(x)
+        return Descriptor(x) if hasattr(x, "block_shape") else Int(x) if type(x) is int else x
+
+
+def load(path: Path | str, names: str) -> ModuleType:
+    """A module of kernels whose module `names` is this one."""
+    module = ModuleType("emulated")
+    with _replaced(names):
+        exec(compile(Path(path).read_text(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def functions(text: str) -> dict[str, Any]:
+    """The functions of a Gluon text."""
+    namespace = {"tl": gl, "gluon": gluon}
+    exec(re.sub(r"^from triton.*$", "", text, flags=re.MULTILINE), namespace)
+    return namespace
+
+
+@contextmanager
+def _replaced(name: str) -> Any:
+    before = sys.modules.get(name)
+    sys.modules[name] = sys.modules[__name__]
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
