@@ -17,7 +17,7 @@ from manyheads.core.names import unknown
 from manyheads.core.rows import run_rows, whole_rows_only
 from manyheads.mechanisms import get
 
-ENGINES = ("sdpa", "flex", "eager")
+ENGINES = ("triton", "sdpa", "flex", "eager")
 
 
 @dataclass(frozen=True)

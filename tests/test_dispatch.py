@@ -245,16 +245,17 @@ def test_positions_may_be_given_once_for_all_rows():
 
 
 def test_explain_says_who_runs_it_and_why_others_do_not():
-    assert str(explain(Q, K, V)) == "sdpa runs it"
+    assert str(explain(Q, K, V)).startswith("sdpa runs it\n  triton: Triton runs on CUDA")
     capped = explain(Q, K, V, "gemma2")
-    assert capped.engine == "eager" and list(capped.objections) == ["sdpa", "flex"]
-    first, second, third = str(capped).split("\n")
+    assert capped.engine == "eager" and list(capped.objections) == ["triton", "sdpa", "flex"]
+    first, _, second, third = str(capped).split("\n")
     assert first == "eager runs it"
     assert second == "  sdpa: scaled_dot_product_attention takes no score function"
     assert third.startswith("  flex: ")
     recurrent = explain(Q, K, V, "kimi_delta_attention", g=G, beta=BETA)
     assert recurrent.engine == "eager"
     assert recurrent.objections == {
+        "triton": "the Triton kernels compute Scores, not a Recurrence",
         "sdpa": "scaled_dot_product_attention has no Recurrence",
         "flex": "FlexAttention has no Recurrence",
     }

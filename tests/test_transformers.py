@@ -17,6 +17,12 @@ from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from manyheads.integrations.transformers import label  # noqa: E402
 
+
+def told(value):
+    """A test's id: the same in every process, so without addresses."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
 # float32: a sum of a few dozen numbers in another order is off by some 1e-6, and logits here are about 10. A wrong mask
 # or position moves them by 0.1 and more.
 CLOSE = dict(atol=2e-4, rtol=0)
@@ -283,7 +289,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "given", [{"mechanism": "causal"}, CASES["moba"], CASES["sliding_window"], SNAP | {"budget": 300}, SINK], ids=str
+    "given", [{"mechanism": "causal"}, CASES["moba"], CASES["sliding_window"], SNAP | {"budget": 300}, SINK], ids=told
 )
 def test_shared_heads_are_never_repeated(given):
     model = make(num_attention_heads=8, num_key_value_heads=2)
@@ -399,7 +405,7 @@ def test_layers_with_shared_keys_stay_dense(prompts):
 # ---- the model as it was ----
 
 
-@pytest.mark.parametrize("given", [*POLICIES.values(), {"mechanism": "kimi_delta_attention"}], ids=str)
+@pytest.mark.parametrize("given", [*POLICIES.values(), {"mechanism": "kimi_delta_attention"}], ids=told)
 def test_restoring_leaves_no_trace(llama, prompts, given):
     ids, mask, _ = prompts
     before, keys = generate(llama, ids, mask)[1], list(llama.state_dict())
@@ -643,7 +649,7 @@ def test_a_mechanism_that_does_not_fit_is_refused(llama, name):
         ({"mechanism": "moba", "top": 3}, "Did you mean 'top_k'"),
         ({"mechanism": 3}, "must be a name or a form"),
     ],
-    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every process
+    ids=told,
 )
 def test_what_cannot_be_asked_for(llama, given, message):
     with pytest.raises((ValueError, TypeError, NotImplementedError, KeyError), match=message) as error:

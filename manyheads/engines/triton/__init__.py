@@ -7,6 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU, slowly, for tests.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -68,8 +69,6 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-@cache
 def _interprets() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    """As Triton reads it, without importing Triton: on a CPU that would cost every call's first engine a second."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -19,7 +19,7 @@ from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs, Positions
 from manyheads.core.tiling import position_operands
-from manyheads.engines.triton import backward, forward
+from manyheads.engines.triton import backward, forward, hopper
 
 TINY = 1e-6  # a scale below which dividing by it might overflow
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -289,15 +289,23 @@ def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
         x.v_head_dim, x.q.device, x.q.element_size(),
     )  # fmt: skip
     q, k, v = _rows(x.q), _rows(x.k), _rows(x.v)
+    fast = hopper.why_not(form, x) is None
+
+    def first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return hopper.run(form, x.with_(q=q, k=k, v=v)) if fast else run_forward(q, k, v, call)
+
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attend.apply(q, k, v, call)  # type: ignore[return-value]
-    return run_forward(q, k, v, call)
+        return _Attend.apply(q, k, v, call, first)  # type: ignore[return-value]
+    return first(q, k, v)
+
+
+First = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # a forward pass
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        o, lse = run_forward(q, k, v, call)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, first: First) -> tuple[Tensor, Tensor]:
+        o, lse = first(q, k, v)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -308,9 +316,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         if do is None and dlse is None:
-            return None, None, None, None
+            return None, None, None, None, None
         do = torch.zeros_like(o) if do is None else do
-        return *run_backward(q, k, v, o, lse, do, dlse, ctx.call, ctx.needs_input_grad), None
+        return *run_backward(q, k, v, o, lse, do, dlse, ctx.call, ctx.needs_input_grad), None, None
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
