@@ -108,7 +108,7 @@ def test_doctor_is_content_here():
     assert result.exit_code == 0
     assert told["machine"]["manyheads"] == manyheads.__version__ and told["machine"]["threads"]
     engines = {c["what"]: c["ok"] for c in told["checks"] if c["what"].startswith("engine ")}
-    assert engines == {"engine sdpa": True, "engine flex": True, "engine eager": True}
+    assert engines == {"engine triton": True, "engine sdpa": True, "engine flex": True, "engine eager": True}
 
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch):

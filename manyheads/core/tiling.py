@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
-from manyheads.core.forms import Blocks, Scores, Selection
+from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs, Positions, as_rows
 
 KEY_TILE = 128
@@ -104,6 +104,16 @@ def _allowed(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, opera
         b if "b" in depends or i.shape[0] > 1 else b[:1], h if "h" in depends else h[:, :1], i, j, **operands
     )
     return seen & (i >= 0) & (j >= 0)
+
+
+def plain(form: Form, x: Inputs) -> bool:
+    """Whether any library's full or causal softmax kernel does it: every row whole, and for causal a square."""
+    if not isinstance(form, Scores) or form.program.has_score or form.normaliser != "softmax" or x.ragged:
+        return False
+    return not form.program.has_mask or (form.program.key == _CAUSAL.program.key and x.q_len == x.kv_len)
+
+
+_CAUSAL = Scores(mask=lambda b, h, i, j: j <= i)
 
 
 def score(form: Scores, s: Tensor, chunk: Chunk, operands: dict[str, Tensor]) -> Tensor:

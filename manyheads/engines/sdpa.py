@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
-from manyheads.core.tiling import Chunk, chunks
+from manyheads.core.tiling import Chunk, chunks, plain
 
 
 def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
@@ -30,7 +30,7 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
 
 
 def hesitates(form: Form, x: Inputs) -> str | None:
-    if x.q.device.type == "cuda" and x.q_len >= 1024 and isinstance(form, Scores) and not _one_call(form, x):
+    if x.q.device.type == "cuda" and x.q_len >= 1024 and isinstance(form, Scores) and not plain(form, x):
         return "it needs a call and a mask for every 128 queries; FlexAttention does this in one kernel"
     return None
 
@@ -38,7 +38,7 @@ def hesitates(form: Form, x: Inputs) -> str | None:
 def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     """(o, None): scaled_dot_product_attention keeps its lse to itself."""
     assert isinstance(form, Scores | Selection), "why_not said so"
-    if isinstance(form, Scores) and _one_call(form, x):
+    if isinstance(form, Scores) and plain(form, x):
         return _grouped(x, is_causal=form.program.has_mask), None
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     again = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
@@ -47,12 +47,6 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     if again and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
         o = o + 0 * (x.q.sum() + x.k.sum() + x.v.sum())
     return o, None
-
-
-def _one_call(form: Scores, x: Inputs) -> bool:
-    """Whether torch's own full or causal kernel does it: every row whole, and for causal a square."""
-    causal = form.program.key == _CAUSAL.program.key and x.q_len == x.kv_len
-    return (causal or not form.program.has_mask) and not x.ragged
 
 
 def _grouped(x: Inputs, is_causal: bool) -> Tensor:
@@ -80,6 +74,3 @@ def _folded(x: Inputs, chunk: Chunk) -> Tensor:
     )
     o = o.reshape(batch, heads, rows, -1)
     return o if seen is None else torch.where(seen, o, 0.0)
-
-
-_CAUSAL = Scores(mask=lambda b, h, i, j: j <= i)

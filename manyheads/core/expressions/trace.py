@@ -165,7 +165,7 @@ class Expression:
         return tracer.call(name.removeprefix("__").removesuffix("__"), *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # protocols that Python, torch and numpy probe for
+        if name.startswith("_"):  # protocols that Python, torch and numpy look for
             raise AttributeError(name)
         self._tracer.known_name(name)
         return functools.partial(self._tracer.call, name, self)
