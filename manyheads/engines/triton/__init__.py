@@ -50,8 +50,8 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
 
 
 def _on_gpu(form: Scores, x: Inputs) -> str | None:
-    """On a GPU the Hopper kernel alone is offered. The plain kernels, which have the backward pass, were right in 40 tests
-    on an H100 and then read memory that is no tensor's (docs/log.md): until that is found, they are for tests."""
+    """On a GPU the Hopper kernel alone is offered. The plain kernels, which have the backward pass, were right in 40
+    tests on an H100 and then read memory that is no tensor's (docs/log.md): until that is found, they are for tests."""
     from manyheads.engines.triton import hopper
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v, *x.operands.values())):
