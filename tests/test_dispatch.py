@@ -294,3 +294,21 @@ def test_a_selection_may_choose_nothing():
     for engine in ("sdpa", "eager"):
         assert attention(Q + 1, K + 1, V + 1, nothing, engine=engine).eq(0).all()
     assert attention(Q, K, V, nothing, return_lse=True)[1].isneginf().all()
+
+
+NUMBERS = [
+    (name, setting)
+    for name in manyheads.names()
+    for setting, default in manyheads.get(name).settings.items()
+    if isinstance(default, int | float)
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), NUMBERS)
+def test_settings_have_ranges(name, setting):
+    low, high = manyheads.get(name).range(setting)
+    whole = isinstance(manyheads.get(name).settings[setting], int)
+    for value in [low - 1] + ([] if high == float("inf") else [high + 1]) + ([] if whole else [float("nan")]):
+        with pytest.raises(ValueError, match=f"{setting} of {name} must be"):
+            manyheads.get(name)(**{setting: int(value) if whole else value})
+    manyheads.get(name)(**{setting: low})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -32,6 +33,7 @@ class Mechanism:
     causal: no output depends on a later position.
     sees_future: why an output may depend on later positions although later keys are masked; "" if it does not.
     trained: True if a model must be trained with it; False if it stands in for softmax attention in a trained model.
+    ranges: the least and the greatest value of a setting; without an entry whole numbers start at 1, others at 0.
     at: settings for a context of n tokens, where the paper's defaults are made for longer ones.
     tolerance: a factor on the tests' bounds, with `tolerance_reason`.
     """
@@ -47,6 +49,7 @@ class Mechanism:
     causal: bool
     sees_future: str
     trained: bool
+    ranges: Mapping[str, tuple[float, float]]
     at: Callable[[int], Mapping[str, Any]] | None
     tolerance: float
     tolerance_reason: str
@@ -76,7 +79,15 @@ class Mechanism:
                 raise TypeError(unknown(f"setting of {self.name}", name, self.settings))
             if not _fits(value, self._types[name]):
                 raise TypeError(f"{name} of {self.name} must be {_written(self._types[name])}, not {value!r}")
+            low, high = self.range(name)
+            if isinstance(value, int | float) and not low <= value <= high:  # NaN is nowhere
+                raise ValueError(f"{name} of {self.name} must be {_between(low, high)}, not {value!r}")
         return self._form(tuple({**self.settings, **settings}.items()))
+
+    def range(self, name: str) -> tuple[float, float]:
+        """The least and the greatest value of a setting that is a number."""
+        kinds = get_args(self._types[name]) or (self._types[name],)
+        return self.ranges.get(name, (0 if float in kinds else 1, math.inf))
 
     @lru_cache(maxsize=256)  # noqa: B019  a mechanism lives as long as the process
     def _form(self, settings: tuple[tuple[str, Any], ...]) -> Form:
@@ -89,6 +100,10 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return bool in kinds or object in kinds
     return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def _between(low: float, high: float) -> str:
+    return f"{low} or more" if high == math.inf else f"between {low} and {high}"
 
 
 def _written(kind: Any) -> str:
@@ -105,6 +120,7 @@ def mechanism(
     causal: bool = True,
     sees_future: str = "",
     trained: bool = False,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
     at: Callable[[int], Mapping[str, Any]] | None = None,
     tolerance: float = 1.0,
     tolerance_reason: str = "",
@@ -115,8 +131,8 @@ def mechanism(
         family = factory.__module__.split(".")[-2]
         return Mechanism(
             name=factory.__name__, family=family, factory=factory, reference=reference, arxiv=arxiv, system=system,
-            examples=examples, laws=laws, causal=causal, sees_future=sees_future, trained=trained, at=at,
-            tolerance=tolerance, tolerance_reason=tolerance_reason,
+            examples=examples, laws=laws, causal=causal, sees_future=sees_future, trained=trained,
+            ranges=ranges or {}, at=at, tolerance=tolerance, tolerance_reason=tolerance_reason,
         )  # fmt: skip
 
     return declare

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions.derive import derive
-from manyheads.core.expressions.ops import OPS, gather, widened
+from manyheads.core.expressions.expression import TraceError
+from manyheads.core.expressions.graph import Gradient, Graph, kind_of, schedule
+from manyheads.core.expressions.ops import OPS, fold, gather, widened
 from manyheads.core.expressions.source import Source, Tables, make_source
 from manyheads.core.expressions.tiles import EMPTY, FULL, PARTIAL, classify
-from manyheads.core.expressions.trace import Gradient, Graph, TraceError, fold, kind_of, schedule, trace_graph
+from manyheads.core.expressions.trace import trace_graph
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Gradient", "Program", "Source", "TraceError", "trace"]
 

@@ -13,8 +13,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from manyheads.core.expressions.expression import Expression
+from manyheads.core.expressions.graph import Gradient, Graph, Node, schedule
 from manyheads.core.expressions.ops import OPS
-from manyheads.core.expressions.trace import Expression, Gradient, Graph, Node, Tracer, schedule
+from manyheads.core.expressions.trace import Tracer
 
 
 def derive(graph: Graph, tensors: Sequence[Tensor]) -> Graph:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from manyheads.core.expressions.ops import FAR, INF, OPS, Bounds, interval_of
-from manyheads.core.expressions.trace import Node, schedule
+from manyheads.core.expressions.graph import Node, schedule
+from manyheads.core.expressions.intervals import FAR, INF, Bounds
+from manyheads.core.expressions.ops import OPS, interval_of
 
 if TYPE_CHECKING:
     from manyheads.core.expressions import Program

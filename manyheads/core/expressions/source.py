@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions.emit import NARROW, SMALL, Argument, Writer
-from manyheads.core.expressions.trace import kind_of
+from manyheads.core.expressions.graph import kind_of
 
 if TYPE_CHECKING:
     from manyheads.core.expressions import Program

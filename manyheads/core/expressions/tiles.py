@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyheads.core.expressions.ops import Bounds, interval_of, known, widened, wrapped
-from manyheads.core.expressions.trace import schedule
+from manyheads.core.expressions.graph import schedule
+from manyheads.core.expressions.intervals import Bounds, known
+from manyheads.core.expressions.ops import interval_of, widened, wrapped
 
 if TYPE_CHECKING:
     from manyheads.core.expressions import Program

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, Program
+from manyheads.core.expressions.graph import schedule
 from manyheads.core.expressions.source import Source
-from manyheads.core.expressions.trace import schedule
 from manyheads.core.forms import Form, Scores
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import position_operands

@@ -37,6 +37,7 @@ def reference(q, k, v, *, layer=0, window=4096, cap=50.0):
         Law({"layer": 1, "cap": math.inf}, "causal"),
     ),
     at=lambda context: {"window": max(1, context // 4)},
+    ranges={"layer": (0, math.inf), "cap": (1e-3, math.inf)},
 )
 def gemma2(layer: int = 0, window: int = 4096, cap: float = 50.0) -> Scores:
     """Even layers are local, odd ones global; `cap` bounds the scores, math.inf leaves them alone."""

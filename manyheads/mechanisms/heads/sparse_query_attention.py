@@ -31,6 +31,7 @@ def reference(q, k, v, *, query_share=0.5):
     examples=({}, {"query_share": 0.25}),
     laws=(Law({}, "causal"),),
     trained=True,
+    ranges={"query_share": (1e-3, 1)},
 )
 def sparse_query_attention(query_share: float = 0.5) -> Scores:
     """A layer keeps `query_share` of the model's heads."""

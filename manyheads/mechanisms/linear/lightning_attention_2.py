@@ -8,6 +8,8 @@ Qin et al. "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence 
 2024. arXiv:2401.04658. Slopes as in the authors' code (OpenNLPLab/lightning-attention).
 """
 
+import math
+
 import torch
 
 from manyheads.core import Recurrence, mechanism, one
@@ -31,6 +33,7 @@ def reference(q, k, v, *, layer=0, layers=1):
     system="lightning-attention-2",
     examples=({}, {"layer": 3, "layers": 8}),
     trained=True,
+    ranges={"layer": (0, math.inf)},
 )
 def lightning_attention_2(layer: int = 0, layers: int = 1) -> Recurrence:
     """Decays as of layer `layer` of `layers`: the last layer forgets least."""

@@ -96,6 +96,7 @@ def _fewest(mass, share, least=0, first=None):
     ),
     sees_future="the last block of queries chooses the key blocks of all queries",
     at=lambda context: {"gamma": 0.9, "block_size": max(1, context // 32), "min_budget": context // 16},
+    ranges={"gamma": (0, 1), "min_budget": (0, math.inf)},
 )
 def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, min_budget: int = 1024) -> Selection:
     """Blocks that hold `gamma` of the mass; heads whose estimate is off by `tau` or more keep stripes instead."""

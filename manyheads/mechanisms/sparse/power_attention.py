@@ -10,6 +10,8 @@ Chen, Xu, An, et al. "PowerAttention: Exponentially Scaling of Receptive Fields 
 2025. arXiv:2503.03588, algorithm 1.
 """
 
+import math
+
 import torch
 
 from manyheads.core import Law, Scores, mechanism
@@ -36,6 +38,7 @@ def reference(q, k, v, *, block_size=256, window_blocks=5):
     examples=({"block_size": 2, "window_blocks": 3}, {"block_size": 1, "window_blocks": 1}),
     laws=(Law({"block_size": 2, "window_blocks": 10**9}, "causal"), Law({"block_size": 10**6}, "causal")),
     at=lambda context: {"block_size": max(1, context // 32)},
+    ranges={"window_blocks": (0, math.inf)},
 )
 def power_attention(block_size: int = 256, window_blocks: int = 5) -> Scores:
     """Blocks of `block_size` keys: the last `window_blocks`, the first, and those at powers of two."""

@@ -8,6 +8,8 @@ anew inside the cache, which a layer with rotary positions has to do before it c
 Xiao, Tian, Chen, Han, Lewis. "Efficient Streaming Language Models with Attention Sinks." 2023. arXiv:2309.17453.
 """
 
+import math
+
 import torch
 
 from manyheads.core import Law, Scores, mechanism
@@ -30,6 +32,7 @@ def reference(q, k, v, *, window=1024, sinks=4):
     examples=({"window": 4, "sinks": 2}, {"window": 3, "sinks": 0}, {"window": 1, "sinks": 1}),
     laws=(Law({"window": 10**9}, "causal"), Law({"window": 1, "sinks": 10**9}, "causal")),
     at=lambda context: {"window": max(1, context // 4)},
+    ranges={"sinks": (0, math.inf)},
 )
 def sliding_window(window: int = 1024, sinks: int = 4) -> Scores:
     """The last `window` keys and the first `sinks`."""
