@@ -44,6 +44,7 @@ def bench(
             return row, False
         with _applied(model, spec) as applied:
             row["label"] = applied.label if applied else "dense"
+            row["engine"] = _engine(spec, model, tensors)
             _measure(row, spec, model, material, dense, repeats, say)
         say(str(spec), "looking")
         _look(row, spec, tensors)
@@ -103,7 +104,6 @@ def _measure(
     row["memory"] = {
         "cache_bytes": manyheads.cache_bytes(cache), "dense_bytes": dense["bytes"], "label": row["label"],
     }  # fmt: skip
-    row["engine"] = _engine(spec, model)
     say(name, "needles")
     found, more = measure.needles(model, material)
     row["quality"]["needle"] = found
@@ -126,16 +126,13 @@ def _speed(
     }
 
 
-def _engine(spec: Spec, model: Any) -> str:
-    """Which engine a prompt runs on."""
-    if spec.kind != "mechanism":
-        return str(model.config._attn_implementation) if spec.kind == "dense" else "eager"
-    config = model.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    q = torch.zeros(1, config.num_attention_heads, 256, dim, dtype=model.dtype, device=model.device)
-    k = torch.zeros(1, kv_heads, 256, dim, dtype=model.dtype, device=model.device)
-    return manyheads.explain(q, k, k, get(spec.name)(**spec.settings)).engine
+def _engine(spec: Spec, model: Any, tensors: dict[int, tuple[Tensor, Tensor]]) -> str:
+    """Which engine the prompt runs on."""
+    if spec.kind == "dense":
+        return str(model.config._attn_implementation)
+    q, k = next(iter(tensors.values()))
+    form = get(spec.name)(**spec.settings) if spec.kind == "mechanism" else get("causal")()
+    return manyheads.explain(q, k, k, form).engine
 
 
 def _look(row: dict[str, Any], spec: Spec, tensors: dict[int, tuple[Tensor, Tensor]]) -> None:
