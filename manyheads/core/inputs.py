@@ -61,6 +61,19 @@ class Inputs:
         """Some row may have absent tokens, or positions of its own."""
         return isinstance(self.q_positions, Tensor) or isinstance(self.kv_positions, Tensor)
 
+    @property
+    def wants_grad(self) -> bool:
+        """A backward pass may follow."""
+        return torch.is_grad_enabled() and any(
+            t.requires_grad for t in (self.q, self.k, self.v, *self.operands.values())
+        )
+
+    def nothing(self) -> Tensor:
+        """What comes out where nobody sees anything: zeros [batch, heads, q_len, v_head_dim]. They still depend on the
+        inputs, so that a backward pass finds its way."""
+        zeros = self.q.new_zeros(self.batch, self.heads, self.q_len, self.v_head_dim)
+        return zeros + 0 * (self.q.sum() + self.k.sum() + self.v.sum())
+
     def with_(self, **changes) -> Inputs:
         return replace(self, **changes)
 

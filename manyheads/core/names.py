@@ -4,6 +4,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+class UnknownName(KeyError):
+    """A name that nothing has."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the sentence
+        return str(self.args[0])
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """One sentence for an unknown name."""
     allowed = sorted(allowed)

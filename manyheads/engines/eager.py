@@ -32,7 +32,7 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
         case Sum():
             return _sum(form, x), None
         case Function() if not x.q_len or not x.kv_len:
-            return _nothing(x), None
+            return x.nothing(), None
         case Function():
             return form.forward(x.q, x.k, x.v, scale=x.scale, **x.operands), None
     raise TypeError(f"eager has no way to run a {type(form).__name__}")
@@ -47,7 +47,7 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.q.dtype, torch.float32)
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     lse = torch.full(o.shape[:-1], -torch.inf, dtype=wide, device=x.q.device)
-    again = torch.is_grad_enabled() and _needs_grad(x)
+    again = x.wants_grad
     rows, parts = [], []
     for chunk in chunks(form, x):
         args = (inner, x.q[:, :, chunk.rows], chunk.pick(x.k), chunk.pick(x.v), x.scale, chunk, operands)
@@ -55,21 +55,12 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
         rows.append(chunk.rows)
         parts.append(part)
     if not parts:
-        return _nothing(x), lse
+        return x.nothing(), lse
     if again or len(parts) == 1:
         return _assemble(o, rows, [p[0] for p in parts], 2), _assemble(lse, rows, [p[1] for p in parts], 2)
     for at, (o_part, lse_part) in zip(rows, parts, strict=True):
         o[:, :, at], lse[:, :, at] = o_part, lse_part
     return o, lse
-
-
-def _nothing(x: Inputs) -> Tensor:
-    """Zeros where nobody sees anything. They still depend on the inputs, so that a backward pass finds its way."""
-    return x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim) + 0 * (x.q.sum() + x.k.sum() + x.v.sum())
-
-
-def _needs_grad(x: Inputs) -> bool:
-    return any(t.requires_grad for t in (x.q, x.k, x.v, *x.operands.values()))
 
 
 def _assemble(empty: Tensor, rows: list[slice], parts: list[Tensor], dim: int) -> Tensor:
@@ -140,7 +131,7 @@ def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
         outputs.append(o)
     if not outputs:
-        return _nothing(x), state
+        return x.nothing(), state
     o = torch.cat(outputs, 2)[:, :, x.kv_len - x.q_len :]
     return _zeroed(o, asks).to(x.q.dtype), state
 

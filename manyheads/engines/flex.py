@@ -31,7 +31,7 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return "FlexAttention does not compile for float64"
     if x.q.device.type not in ("cpu", "cuda"):
         return f"FlexAttention runs on CPUs and CUDA GPUs, not on {x.q.device.type}"
-    if x.q.device.type == "cpu" and _needs_grad(x):
+    if x.q.device.type == "cpu" and x.wants_grad:
         return "FlexAttention has no backward on a CPU, and refuses inputs that require a gradient"
     if x.q.device.type == "cpu" and lse:
         return "FlexAttention does not return the lse on a CPU"
@@ -64,7 +64,7 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
     numbers = tuple(torch.tensor(n, device=device, dtype=_number_type(n)) for n in program.numbers)
     tensors = tuple(t.to(device) for t in program.tensors)
     q_at, kv_at = as_rows(x.q_positions, device), as_rows(x.kv_positions, device)
-    key = (program.key, x.q.shape, x.k.shape, x.v.shape, x.q.dtype, device, _needs_grad(x), tuple(operands))
+    key = (program.key, x.q.shape, x.k.shape, x.v.shape, x.q.dtype, device, x.wants_grad, tuple(operands))
     if key not in _COMPILED:
         _COMPILED[key] = _compile(program, lse=device.type == "cuda")
     o, lse = _COMPILED[key](x.q, x.k, x.v, x.scale, q_at, kv_at, lists, numbers, tensors, operands)
@@ -81,10 +81,6 @@ def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 def _number_type(n: Number) -> torch.dtype:
     return torch.float32 if isinstance(n, float) else torch.int64
-
-
-def _needs_grad(x: Inputs) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v, *x.operands.values()))
 
 
 _COMPILED: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor | None]]] = {}

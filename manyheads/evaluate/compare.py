@@ -73,11 +73,12 @@ def run(
     folder = _folder(out)
     loaded = models.load(model, device=device, dtype=dtype)
     torch.manual_seed(seed)
-    length = _context(context, loaded, content)
-    material = _material(loaded, content, length)
+    tokens = _tokens(loaded, content.content)
+    length = _context(context, loaded, content.name, len(tokens))
+    material = _material(loaded, tokens, length)
     specs = [DENSE, *(fit(s, length) for s in asked if s != DENSE)] if asked else defaults(length)
     _check_settings(specs, loaded)
-    about = {"name": content.name, "sha256": content.sha256, "tokens": _count(loaded, content)}
+    about = {"name": content.name, "sha256": content.sha256, "tokens": len(tokens)}
     found = results.start(folder, loaded, about, length, REST, seed, repeats, fresh)
     return _run(found, folder, loaded, material, specs, watch)
 
@@ -98,14 +99,13 @@ def _folder(out: str | Path) -> Path:
     return folder
 
 
-def _context(asked: int | None, loaded: models.Loaded, content: texts.Text) -> int:
+def _context(asked: int | None, loaded: models.Loaded, text: str, tokens: int) -> int:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    tokens = _count(loaded, content)
     if asked is None:
         fits = min(CONTEXT.get(loaded.model.device.type, 2048), limit - 2 * REST, tokens - REST)
         if fits < SHORTEST:
             raise texts.TextError(
-                f"{content.name} has {tokens} tokens; a comparison needs {SHORTEST + REST} or more: give a longer text"
+                f"{text} has {tokens} tokens; a comparison needs {SHORTEST + REST} or more: give a longer text"
             )
         return fits // 64 * 64
     if asked + 2 * REST > limit:
@@ -115,24 +115,19 @@ def _context(asked: int | None, loaded: models.Loaded, content: texts.Text) -> i
         )
     if asked + REST > tokens:
         raise texts.TextError(
-            f"{content.name} has {tokens} tokens; context {asked} needs {asked + REST}: "
+            f"{text} has {tokens} tokens; context {asked} needs {asked + REST}: "
             f"give a longer text or a context of {max(0, tokens - REST)} or less"
         )
     return asked
-
-
-def _count(loaded: models.Loaded, content: texts.Text) -> int:
-    return len(_tokens(loaded, content.content))
 
 
 def _tokens(loaded: models.Loaded, text: str) -> list[int]:
     return loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _material(loaded: models.Loaded, content: texts.Text, context: int) -> measure.Text:
+def _material(loaded: models.Loaded, ids: list[int], context: int) -> measure.Text:
     """The prompt and how it goes on, from the text's start; and the same text's end, with needles in it."""
     device = loaded.model.device
-    ids = _tokens(loaded, content.content)
     planted = [_tokens(loaded, f" The secret word of {city} is {word}.") for city, word in NEEDLES]
     hay = ids[-(context - sum(map(len, planted))) :]
     depths = [(n + 0.5) / len(NEEDLES) for n in range(len(NEEDLES))]

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import import_module
 
 from manyheads.core.mechanism import Mechanism
-from manyheads.core.names import unknown
+from manyheads.core.names import UnknownName, unknown
 
 
 @cache
@@ -42,8 +42,5 @@ def get(name: str) -> Mechanism:
         raise UnknownMechanism(unknown("mechanism", name, _found())) from None
 
 
-class UnknownMechanism(KeyError):
+class UnknownMechanism(UnknownName):
     """A name that no mechanism has."""
-
-    def __str__(self) -> str:  # KeyError would print the repr of the sentence
-        return str(self.args[0])

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import import_module
 
 from manyheads.cache.policy import Recipe
-from manyheads.core.names import unknown
+from manyheads.core.names import UnknownName, unknown
 
 
 @cache
@@ -37,8 +37,5 @@ def get(name: str) -> Recipe:
         raise UnknownPolicy(unknown("cache policy", name, _found())) from None
 
 
-class UnknownPolicy(KeyError):
+class UnknownPolicy(UnknownName):
     """A name that no policy has."""
-
-    def __str__(self) -> str:  # KeyError would print the repr of the sentence
-        return str(self.args[0])

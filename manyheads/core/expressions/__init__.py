@@ -17,6 +17,7 @@ then clamped, so that what lies beside the data can be computed and thrown away.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,6 +91,13 @@ class Program:
     def operand_names(self) -> tuple[str, ...]:
         read = {node.payload for node in self.graph.nodes if node.op == "load"}
         return tuple(name for name in self.graph.operands if name in read)
+
+    @cached_property
+    def mask_reads_operands(self) -> bool:
+        """Whether the mask, and with it the tile map, is another for other operands."""
+        steps = () if self.graph.mask is None else self.graph.schedules[self.graph.mask]
+        nodes = [self.graph.nodes[step] for step, _ in steps]
+        return any(node.op == "load" and isinstance(node.payload, str) for node in nodes)
 
     def mask(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, **operands: Tensor) -> Tensor:
         """Which pairs are allowed: bool, in the common shape of the arguments in mask_depends."""

@@ -54,7 +54,7 @@ def _on_gpu(form: Scores, x: Inputs) -> str | None:
     tests on an H100 and then read memory that is no tensor's (docs/log.md): until that is found, they are for tests."""
     from manyheads.engines.triton import hopper
 
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v, *x.operands.values())):
+    if x.wants_grad:
         return "the Triton kernels have no backward pass on a GPU yet"
     return hopper.why_not(form, x)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, Program
-from manyheads.core.expressions.graph import schedule
 from manyheads.core.expressions.source import Source
 from manyheads.core.forms import Form, Scores
 from manyheads.core.inputs import Inputs
@@ -166,7 +165,7 @@ def _table_of(program: Program, x: Inputs, keys: int, operands: dict[str, Tensor
     if (
         any(isinstance(n, Tensor) for n in numbers)
         or any(t.is_inference() for t in tensors)
-        or (operands and _mask_reads_operands(program))
+        or (operands and program.mask_reads_operands)
     ):
         return make()
     versions = tuple((id(t), t._version) for t in tensors)
@@ -178,13 +177,6 @@ def _table_of(program: Program, x: Inputs, keys: int, operands: dict[str, Tensor
         if len(_TABLES) > KEPT:
             _TABLES.popitem(last=False)
     return _TABLES[key][0]
-
-
-def _mask_reads_operands(program: Program) -> bool:
-    graph = program.graph
-    assert graph.mask is not None
-    steps = schedule(graph.nodes, graph.mask)
-    return any(graph.nodes[step].op == "load" and isinstance(graph.nodes[step].payload, str) for step, _ in steps)
 
 
 def forward(

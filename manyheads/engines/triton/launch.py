@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -254,7 +253,7 @@ class Call:
         """What the tile map depends on; None if that is not known by name."""
         if self.ragged or any(t.is_inference() for t in self.program.tensors):
             return None
-        if self.operands and mask_reads_operands(self.program):
+        if self.operands and self.program.mask_reads_operands:
             return None
         tensors = tuple((id(t), t._version) for t in self.program.tensors)
         depends = self.program.mask_depends
@@ -264,22 +263,10 @@ class Call:
         )  # fmt: skip
 
 
-_READS: WeakKeyDictionary[Program, bool] = WeakKeyDictionary()
-
-
-def mask_reads_operands(program: Program) -> bool:
-    if program not in _READS:
-        graph = program.graph
-        steps = () if graph.mask is None else graph.schedules[graph.mask]
-        _READS[program] = any(isinstance(graph.nodes[k].payload, str) for k, _ in steps if graph.nodes[k].op == "load")
-    return _READS[program]
-
-
 def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
     if not (x.q.numel() and x.k.numel() and x.v.numel()):
         lse = torch.full(x.q.shape[:3], -torch.inf, device=x.q.device)
-        empty = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
-        return empty + 0 * (x.q.sum() + x.k.sum() + x.v.sum()), lse
+        return x.nothing(), lse
     if x.q.device.type == "cuda" and x.q.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.q.device):
             return attend(form, x)
