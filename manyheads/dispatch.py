@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manyheads.core.checks import build_inputs
-from manyheads.core.forms import Form, Function, Recurrence, Sum
+from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs
 from manyheads.core.mechanism import Mechanism
 from manyheads.core.names import unknown
 from manyheads.core.rows import run_rows, whole_rows_only
+from manyheads.engines import eager, flex, sdpa, triton
 from manyheads.mechanisms import get
 
 ENGINES = ("triton", "sdpa", "flex", "eager")
+_MODULES: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex, "eager": eager}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def attention(
     state: what an earlier call of a recurrent mechanism returned.
 
     Returns o [batch, heads, q_len, v_head_dim] in q's dtype; with return_lse (o, lse [batch, heads, q_len]), the
-    natural logarithm of the sum over the keys of exp(score); with return_state (o, state). A query that sees no key has
-    o = 0 and lse = -inf.
+    natural logarithm of the sum over the keys of exp(score), a sink included; with return_state (o, state). A query
+    that sees no key has o = 0 and lse = -inf, or the sink.
 
     Raises TypeError or ValueError, in one sentence, for what does not fit.
     """
@@ -72,6 +74,8 @@ def attention(
         raise ValueError(f"return_state is for recurrent mechanisms; this one is a {type(form).__name__}")
     if return_lse and isinstance(form, Recurrence | Function | Sum):
         raise ValueError(f"return_lse is for mechanisms with a softmax; this one is a {type(form).__name__}")
+    if return_lse and _divides_by_nothing(form):
+        raise ValueError("return_lse is for weights that are divided by a sum; these are not, and parts of them add up")
     chosen = _choose(form, x, engine, return_lse)
     run = _load(chosen.engine).run
     o, second = run_rows(run, form, x) if x.ragged and whole_rows_only(form) else run(form, x)
@@ -105,8 +109,13 @@ def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation
     raise ValueError(f"no engine runs this: {reasons}. Take engine='auto' to let another one run.")
 
 
+def _divides_by_nothing(form: Form) -> bool:
+    inner = form.scores if isinstance(form, Selection) else form
+    return isinstance(inner, Scores) and inner.normaliser == "none"
+
+
 def _load(name: str) -> ModuleType:
-    return import_module(f"manyheads.engines.{name}")
+    return _MODULES[name]
 
 
 def _form(mechanism: str | Form | Mechanism, given: dict[str, Any]) -> tuple[Form, dict[str, Tensor]]:
@@ -114,10 +123,13 @@ def _form(mechanism: str | Form | Mechanism, given: dict[str, Any]) -> tuple[For
     if isinstance(mechanism, Form):
         form, rest, label = mechanism, given, "this form"
         settings: dict[str, Any] = {}
+    elif torch.compiler.is_compiling():
+        settings = {name: value for name, value in given.items() if name in _settings_of(mechanism)}
+        form = getattr(_NAMED, _named(mechanism, tuple(settings.items())))
+        label = mechanism if isinstance(mechanism, str) else mechanism.name
+        rest = {name: value for name, value in given.items() if name not in settings}
     else:
-        found = get(mechanism) if isinstance(mechanism, str) else mechanism
-        if not isinstance(found, Mechanism):
-            raise TypeError(f"mechanism must be a name or a form, not {type(mechanism).__name__}")
+        found = _mechanism(mechanism)
         settings = {name: value for name, value in given.items() if name in found.settings}
         form, label = found(**settings), found.name
         rest = {name: value for name, value in given.items() if name not in settings}
@@ -129,3 +141,31 @@ def _form(mechanism: str | Form | Mechanism, given: dict[str, Any]) -> tuple[For
     if missing:
         raise TypeError(f"{label} also needs {', '.join(missing)}, as keyword arguments")
     return form, rest
+
+
+def _mechanism(mechanism: str | Mechanism) -> Mechanism:
+    found = get(mechanism) if isinstance(mechanism, str) else mechanism
+    if not isinstance(found, Mechanism):
+        raise TypeError(f"mechanism must be a name or a form, not {type(mechanism).__name__}")
+    return found
+
+
+# ---- for torch.compile, which cannot look into the making of a form ----
+
+_NAMED = SimpleNamespace()  # not a dict, of which torch.compile sees what was in it when it first looked
+
+
+def _settings_of(mechanism: str | Mechanism) -> tuple[str, ...]:
+    return tuple(_mechanism(mechanism).settings)
+
+
+def _named(mechanism: str | Mechanism, settings: tuple[tuple[str, Any], ...]) -> str:
+    """Where in _NAMED the form is."""
+    found = _mechanism(mechanism)
+    key = f"{found.name} {settings}"
+    setattr(_NAMED, key, found(**dict(settings)))
+    return key
+
+
+for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_result, without a second for its import
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

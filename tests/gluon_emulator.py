@@ -23,7 +23,7 @@ TIMEOUT = 20.0
 PAUSE = 2e-4  # after what frees memory, so that others may overwrite it
 _changed = threading.Condition()
 _local = threading.local()
-_grid = SimpleNamespace(pid=0)
+_grid = SimpleNamespace(pid=0, programs=1)
 
 
 class Int(int):
@@ -44,6 +44,8 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "r
 
 class Array(np.ndarray):
     """A tensor of the kernel, in float32 where the kernel has 16 bits."""
+
+    type = SimpleNamespace(layout=None)
 
     @staticmethod
     def of(values: Any) -> Array:
@@ -78,6 +80,9 @@ class Shared:
 
     def store(self, values: Any) -> None:
         self.values[...] = values
+
+    def load(self, layout: Any) -> Array:
+        return Array.of(self.values.copy())
 
 
 class Barrier:
@@ -115,7 +120,9 @@ class mbarrier:
             barrier.settle()
 
     @staticmethod
-    def arrive(barrier: Barrier) -> None:
+    def arrive(barrier: Barrier, pred: Any = True) -> None:
+        if not pred:
+            return
         with _changed:
             barrier.pending -= 1
             barrier.settle()
@@ -180,19 +187,20 @@ def warpgroup_mma(a: Any, b: Any, c: Any, use_acc: bool = True, is_async: bool =
 
     def compute() -> Array:
         left, right = (x.values if isinstance(x, Shared) else np.asarray(x) for x in (a, b))
-        return Array.of((left @ right).astype(np.float32) + (np.asarray(c) if use_acc else np.float32(0)))
+        before = (np.asarray(c.value if isinstance(c, Later) else c)) if use_acc else np.float32(0)
+        return Array.of((left @ right).astype(np.float32) + before)
 
     later = Later(compute)
     _local.queue.append(later)
     return later
 
 
-def warpgroup_mma_wait(outstanding: int, deps: list[Later]) -> Array:
+def warpgroup_mma_wait(outstanding: int, deps: list[Later]) -> Any:
     while len(_local.queue) > outstanding:
         later = _local.queue.pop(0)
         later.value = later.compute()
     assert all(d.value is not None for d in deps), "a product is used before it is waited for"
-    return deps[0].value
+    return deps[0].value if len(deps) == 1 else tuple(d.value for d in deps)
 
 
 # ---- the language ----
@@ -214,15 +222,20 @@ class Pointer:
         return Pointer(self.values, self.at + offset)
 
 
-def _load(at: Pointer) -> Any:
+def _load(at: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     index = np.asarray(at.at)
+    if mask is not None:
+        there = np.broadcast_to(np.asarray(mask), index.shape)
+        inside = _load(Pointer(at.values, np.where(there, index, 0)))
+        return Array.of(np.where(there, inside, np.asarray(other, at.values.dtype)))
     assert index.min() >= 0 and index.max() < at.values.size, "read outside of a tensor"
     found = at.values[index]
     return Int(found) if np.ndim(found) == 0 and found.dtype.kind == "i" else Array.of(found)
 
 
-def _store(at: Pointer, values: Any, mask: Any) -> None:
-    at.values[np.asarray(at.at)[np.asarray(mask)]] = np.asarray(values)[np.asarray(mask)]
+def _store(at: Pointer, values: Any, mask: Any = True) -> None:
+    there = np.broadcast_to(np.asarray(mask), np.shape(at.at))
+    at.values[np.asarray(at.at)[there]] = np.asarray(values)[there]
 
 
 def _where(test: Any, a: Any, b: Any) -> Any:
@@ -232,7 +245,7 @@ def _where(test: Any, a: Any, b: Any) -> Any:
 
 
 def _either(choose: Any) -> Any:
-    def of(a: Any, b: Any) -> Any:
+    def of(a: Any, b: Any, propagate_nan: Any = None) -> Any:  # numpy's propagate NaN
         result = choose(a, b)
         return Int(result) if np.ndim(result) == 0 and np.asarray(result).dtype.kind == "i" else Array.of(result)
 
@@ -273,7 +286,8 @@ def _unary(function: Any) -> Any:
 gl: Any = SimpleNamespace(
     bfloat16="bfloat16", float16="float16", float32="float32", int32="int32", int64="int64",
     constexpr=lambda value: value, static_range=range,
-    SliceLayout=lambda *a: None, DotOperandLayout=lambda *a: None, NVMMADistributedLayout=lambda *a: None,
+    SliceLayout=lambda *a: None, BlockedLayout=lambda *a: None, DotOperandLayout=lambda *a: None,
+    NVMMADistributedLayout=lambda *a: None,
     full=lambda shape, value, dtype, layout: Array.of(np.full(shape, value, np.float32)),
     arange=lambda start, end, layout: Array.of(np.arange(start, end)),
     convert_layout=lambda x, layout: x,
@@ -283,7 +297,7 @@ gl: Any = SimpleNamespace(
     cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
     max=lambda x, axis: Array.of(x.max(axis)), sum=lambda x, axis: Array.of(x.sum(axis)),
     load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
-    program_id=lambda axis: Int(_grid.pid),
+    program_id=lambda axis: Int(_grid.pid), num_programs=lambda axis: Int(_grid.programs),
 )  # fmt: skip
 gluon: Any = SimpleNamespace(jit=lambda f=None, **options: f if f is not None else lambda g: g)
 
@@ -300,6 +314,7 @@ class Kernel:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             given = [self._given(a) for a in args]
+            _grid.programs = grid[0]
             for pid in range(grid[0]):
                 _grid.pid = pid
                 self.function(*given)
@@ -313,29 +328,37 @@ class Kernel:
         return Descriptor(x) if hasattr(x, "block_shape") else Int(x) if type(x) is int else x
 
 
-def load(path: Path | str, names: str) -> ModuleType:
-    """A module of kernels whose module `names` is this one."""
-    module = ModuleType("emulated")
-    with _replaced(names):
-        exec(compile(Path(path).read_text(), str(path), "exec"), module.__dict__)
-    return module
+PACKAGE = "manyheads.engines.triton.hopper"
+
+
+def load(*modules: str) -> dict[str, ModuleType]:
+    """Modules of kernels/, each of which may import those before it, with this one for `names`."""
+    found: dict[str, ModuleType] = {}
+    for name in modules:
+        path = Path(__import__(PACKAGE, fromlist=["kernels"]).kernels.__path__[0]) / f"{name}.py"
+        others = {f"{PACKAGE}.kernels.{n}": module for n, module in found.items()}
+        module = found[name] = ModuleType(f"emulated_{name}")
+        with _replaced({f"{PACKAGE}.names": sys.modules[__name__], **others}):
+            exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+    return found
 
 
 def functions(text: str) -> dict[str, Any]:
     """The functions of a Gluon text."""
-    namespace = {"tl": gl, "gluon": gluon}
+    namespace = {"tl": gl, "gluon": gluon, "PropagateNan": SimpleNamespace(ALL=None)}
     exec(re.sub(r"^from triton.*$", "", text, flags=re.MULTILINE), namespace)
     return namespace
 
 
 @contextmanager
-def _replaced(name: str) -> Any:
-    before = sys.modules.get(name)
-    sys.modules[name] = sys.modules[__name__]
+def _replaced(modules: dict[str, Any]) -> Any:
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
     try:
         yield
     finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module

@@ -172,6 +172,12 @@ BAD = {
         "return_lse is for mechanisms with a softmax.*Recurrence",
     ),
     "the lse of a function": ((Q, K, V, "agent_attention"), {"return_lse": True}, ValueError, "return_lse.*Function"),
+    "the lse of weights that nothing divides": (
+        (Q, K, V, Scores(normaliser="none")),
+        {"return_lse": True},
+        ValueError,
+        "return_lse is for weights that are divided by a sum.*parts of them add up",
+    ),
     "a recurrence with more queries than keys": (
         (*qkv(7, 5), "lightning_attention_2"),
         {},

@@ -1,12 +1,15 @@
-"""Forms that no mechanism is yet: operands that follow j, sums, decays of every shape; and merge."""
+"""Forms that no mechanism is yet: operands that follow j, normalisers, sinks, sums, decays; and merge."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from manyheads import attention, merge
-from manyheads.core import Blocks, Function, Operand, Recurrence, Scores, Sum
+from manyheads import attention, explain, merge
+from manyheads.core import Blocks, Function, Operand, Recurrence, Scores, Selection, Sum
+from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import plain
+from manyheads.engines import eager
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 
@@ -76,6 +79,276 @@ def test_masks_may_depend_on_batch_and_head(make_inputs):
     expected = dense(repeated, 0.0, (j <= i) & (i - j < 2 + h + 3 * b))
     for engine in ("sdpa", "eager"):
         torch.testing.assert_close(attention(*x.tensors, form, engine=engine), expected, **EXACT)
+
+
+# ---- weights that nothing divides, and sinks ----
+
+BIAS = {"bias": Operand("heads")}
+
+
+def past(b, h, i, j):
+    return j <= i
+
+
+def squared(s, b, h, i, j):
+    return torch.relu(s) * torch.relu(s)
+
+
+def sigmoid_over_n(s, b, h, i, j, bias):
+    """i + 1 keys are seen: sigmoid(s - log n), which starts near a mean."""
+    return torch.sigmoid(s + bias[h] - torch.log(i + 1.0))
+
+
+WEIGHTS = {
+    "sigmoid": Scores(mask=past, score=sigmoid_over_n, normaliser="none", operands=BIAS),
+    "squared ReLU": Scores(mask=past, score=squared, normaliser="none"),
+    "squared ReLU of everything": Scores(score=squared, normaliser="none"),
+    "no score": Scores(mask=past, normaliser="none"),
+}
+SINK = {"sink": Operand("heads")}
+SINKS = {
+    "a sink": Scores(mask=past, sink="sink", operands=SINK),
+    "a sink beside everything": Scores(sink="sink", operands=SINK),
+    "a sink and a window": Scores(mask=lambda b, h, i, j: (j <= i) & (i - j < 3), sink="sink", operands=SINK),
+    "a sink and a score": Scores(mask=past, score=fade, sink="sink", operands={**SINK, **FADING.operands}),
+}
+UNEVEN = {**WEIGHTS, **SINKS}
+
+
+def written_out(case, x, q_len, kv_len, offset=None):
+    """(o, lse) by the equation, with the whole matrix."""
+    i, j = torch.arange(q_len)[:, None] + (kv_len - q_len if offset is None else offset), torch.arange(kv_len)
+    group = x.q.shape[1] // x.k.shape[1]
+    k, v = x.k.repeat_interleave(group, 1), x.v.repeat_interleave(group, 1)
+    s = x.q @ k.mT / x.q.shape[-1] ** 0.5
+    allowed = (j <= i) | ("everything" in case)
+    if case in WEIGHTS:
+        w = s if case == "no score" else s.clamp(min=0) ** 2
+        if case == "sigmoid":
+            w = 1 / (1 + (i + 1) * (-s - x.operands["bias"][:, None, None]).exp())
+        return torch.where(allowed, w, 0.0) @ v, None
+    if "window" in case:
+        allowed = allowed & (i - j < 3)
+    if "score" in case:
+        forget = x.operands["forget"]
+        s = s + forget.take_along_dim(i.clamp(min=0).flatten()[None, None], 2)[..., None] - forget[:, :, None]
+    sink = x.operands["sink"][:, None, None]
+    e = torch.where(allowed, s.exp(), 0.0)
+    total = sink.exp() + e.sum(-1, keepdim=True)
+    return e / total @ v, total.log().squeeze(-1)
+
+
+def at_once_and_in_chunks(monkeypatch, chunked):
+    """Three queries a chunk, so that a dozen tokens are several, and a chunk without keys is left out."""
+    if chunked:
+        from manyheads.core import tiling
+
+        monkeypatch.setattr(tiling, "QUERY_TILE", 3)
+        monkeypatch.setattr(tiling, "SMALL", 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("case", UNEVEN)
+def test_weights_and_sinks_equal_their_equations(case, chunked, make_inputs, monkeypatch):
+    at_once_and_in_chunks(monkeypatch, chunked)
+    x = make_inputs(UNEVEN[case], 9, 14, kv_heads=2, grad=True)
+    expected, lse = written_out(case, x, 9, 14)
+    if lse is None:
+        o = attention(*x.tensors, UNEVEN[case], **x.operands)
+    else:
+        o, got = attention(*x.tensors, UNEVEN[case], return_lse=True, **x.operands)
+        torch.testing.assert_close(got, lse, **EXACT)
+    torch.testing.assert_close(o, expected, **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(*x.tensors, UNEVEN[case], **x.operands), expected, **EXACT)
+    weights = torch.randn_like(o), None if lse is None else torch.randn_like(lse)
+    pairs = [((o, expected), weights[0])] + ([] if lse is None else [((got, lse), weights[1])])
+    for pair, weight in pairs:
+        a, b = (torch.autograd.grad(y, x.leaves, weight, retain_graph=True, allow_unused=True) for y in pair)
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_weights_and_sinks_have_the_gradients_of_finite_differences(case, make_inputs):
+    form = UNEVEN[case]
+    x = make_inputs(form, 4, batch=1, heads=2, kv_heads=1, head_dim=3, v_head_dim=2, grad=True)
+
+    def outputs(*leaves):
+        given = dict(zip(x.operands, leaves[3:], strict=True))
+        return attention(*leaves[:3], form, engine="eager", return_lse=case in SINKS, **given)
+
+    assert torch.autograd.gradcheck(outputs, x.leaves)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("case", [case for case in UNEVEN if "everything" not in case])
+def test_a_query_without_a_key_sees_the_sink_alone(case, chunked, make_inputs, monkeypatch):
+    """Nine queries, four keys at their end: five queries see nothing."""
+    at_once_and_in_chunks(monkeypatch, chunked)
+    form = UNEVEN[case]
+    x = make_inputs(form, 9, 4, kv_heads=2, grad=True)
+    o = attention(*x.tensors, form, **x.operands)
+    assert o[:, :, :5].eq(0).all() and o[:, :, 8].ne(0).any(-1).any(-1).all()
+    grads = torch.autograd.grad(o.sum(), x.leaves)
+    assert all(g.isfinite().all() for g in grads) and grads[0][:, :, :5].eq(0).all()
+    if case in WEIGHTS:  # what an engine gives: the logarithm of 1, seen or not
+        inputs = Inputs(*x.tensors, 1.0, range(9), range(5, 9), x.operands)
+        assert eager.run(form, inputs)[1].eq(0).all()
+        return
+    sink = x.operands["sink"]
+    lse = attention(*x.tensors, form, return_lse=True, **x.operands)[1]
+    assert lse[:, :, :5].eq(sink[:, None]).all()
+    (grad,) = torch.autograd.grad(lse[:, :, :5].sum(), sink)
+    assert grad.eq(2 * 5).all(), "each of five queries in two rows adds one"
+    own = {n: value[:, :, :0] if form.operands[n].per_token else value for n, value in x.operands.items()}
+    nothing, lse = attention(x.q, x.k[:, :, :0], x.v[:, :, :0], form, return_lse=True, **own)
+    assert nothing.eq(0).all() and lse.eq(sink[:, None]).all()
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_weights_and_sinks_in_a_padded_batch(case, make_inputs):
+    form = UNEVEN[case]
+    x = make_inputs(form, 8, kv_heads=2)
+    positions = torch.full((2, 8), -1)
+    positions[0], positions[1, 3:] = torch.arange(8), torch.arange(5)
+    for t in x.tensors:
+        t[1, :, :3] = 1e6
+    o = attention(*x.tensors, form, q_positions=positions, kv_positions=positions, **x.operands)
+    alone = [t[1:, :, 3:] for t in x.tensors]
+    own = {n: value[1:, :, 3:] if form.operands[n].per_token else value for n, value in x.operands.items()}
+    torch.testing.assert_close(o[1:, :, 3:], attention(*alone, form, **own), **EXACT)
+    assert o[1, :, :3].eq(0).all()
+
+
+@pytest.mark.parametrize("case", [case for case in UNEVEN if "everything" not in case])
+def test_weights_and_sinks_step_by_step(case, make_inputs):
+    form = UNEVEN[case]
+    x = make_inputs(form, 9, kv_heads=2)
+    whole = attention(*x.tensors, form, **x.operands)
+    for n in range(1, 10):
+        own = {name: v[:, :, :n] if form.operands[name].per_token else v for name, v in x.operands.items()}
+        o = attention(x.q[:, :, n - 1 : n], x.k[:, :, :n], x.v[:, :, :n], form, **own)
+        torch.testing.assert_close(o, whole[:, :, n - 1 : n], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", UNEVEN)
+def test_weights_and_sinks_are_computed_in_float32(case, dtype, make_inputs):
+    """Nothing but inputs and outputs is rounded."""
+    x = make_inputs(UNEVEN[case], 9, 14, dtype=dtype)
+    wide = attention(*(t.float() for t in x.tensors), UNEVEN[case], engine="eager", **x.operands)
+    o = attention(*x.tensors, UNEVEN[case], engine="eager", **x.operands)
+    assert o.dtype == dtype and o.equal(wide.to(dtype))
+
+
+def test_parts_with_one_sink_merge_and_weights_that_nothing_divides_add(make_inputs):
+    sinks, weights = SINKS["a sink"], WEIGHTS["squared ReLU"]
+    x = make_inputs(sinks, 6, 11)
+    at, sink = torch.arange(5, 11), x.operands["sink"]
+    parts = {"merged": [], "added": []}
+    for n, keys in enumerate(torch.randperm(11).split([4, 1, 6])):
+        k, v, where = x.k[:, :, keys], x.v[:, :, keys], {"q_positions": at, "kv_positions": keys}
+        once = sink if n == 1 else torch.full_like(sink, -torch.inf)
+        parts["merged"].append(attention(x.q, k, v, sinks, return_lse=True, sink=once, **where))
+        parts["added"].append(attention(x.q, k, v, weights, **where))
+    o, lse = merge(merge(*parts["merged"][:2]), parts["merged"][2])
+    expected = attention(*x.tensors, sinks, return_lse=True, sink=sink)
+    torch.testing.assert_close((o, lse), expected, **EXACT)
+    torch.testing.assert_close(sum(parts["added"]), attention(*x.tensors, weights), **EXACT)
+
+
+def test_a_sink_far_above_and_far_below_the_scores(make_inputs):
+    """No overflow: weights vanish beside a huge sink, and a sink of -inf is none, gradients included."""
+    x = make_inputs(SINKS["a sink"], 5, grad=True)
+    for value, expected in ((1e4, torch.zeros_like(x.v)), (-1e4, attention(*x.tensors)), (-torch.inf, None)):
+        sink = torch.full((4,), value, dtype=torch.float64, requires_grad=True)
+        o, lse = attention(*x.tensors, SINKS["a sink"], sink=sink, return_lse=True)
+        torch.testing.assert_close(o, attention(*x.tensors) if expected is None else expected, **EXACT)
+        grads = torch.autograd.grad(o.sum() + lse.sum(), (*x.leaves[:3], sink))
+        assert all(g.isfinite().all() for g in grads)
+    empty = attention(x.q, x.k[:, :, :2], x.v[:, :, :2], SINKS["a sink"], sink=sink, return_lse=True)
+    assert empty[0][:, :, :3].eq(0).all() and empty[1][:, :, :3].isneginf().all()
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "a sink"])
+def test_weights_and_sinks_inside_a_selection(case, make_inputs):
+    """Every second block of two, in a padded batch; the row alone equals the mask written out."""
+    inner = UNEVEN[case]
+
+    def even(q, k, *, scale, offset):
+        rows = -(-(offset + q.shape[2]) // 2) - offset // 2
+        columns = torch.arange(-(-k.shape[2] // 2)) % 2 == 0
+        return Blocks.from_map(columns.expand(q.shape[0], q.shape[1], rows, -1))
+
+    form = Selection(select=even, scores=inner, query_block=2, key_block=2, operands=inner.operands)
+    masked = Scores(
+        mask=lambda b, h, i, j: (j <= i) & (j // 2 % 2 == 0), score=inner.score, normaliser=inner.normaliser,
+        sink=inner.sink, operands=inner.operands,
+    )  # fmt: skip
+    x = make_inputs(form, 9)
+    positions = torch.full((2, 9), -1)
+    positions[0], positions[1, 4:] = torch.arange(9), torch.arange(5)
+    where = {"q_positions": positions, "kv_positions": positions}
+    asked = {"return_lse": True} if case in SINKS else {}
+    got = attention(*x.tensors, form, **where, **x.operands, **asked)
+    torch.testing.assert_close(got, attention(*x.tensors, masked, **where, **x.operands, **asked), **EXACT)
+
+
+def test_a_sink_is_declared_and_has_a_softmax():
+    for normaliser in ("signed", "none"):
+        with pytest.raises(ValueError, match=f"'{normaliser}' has none"):
+            Scores(sink="sink", normaliser=normaliser, operands=SINK)
+    for operands in ({}, {"other": Operand("heads")}, {"sink": Operand("batch heads len")}):
+        with pytest.raises(ValueError, match=r"'sink' must be declared.*Operand\('heads'\)"):
+            Scores(sink="sink", operands=operands)
+
+
+@pytest.mark.parametrize("engine", ["sdpa", "flex"])
+@pytest.mark.parametrize("case", ["a sink", "squared ReLU"])
+def test_engines_of_torch_run_neither_weights_nor_sinks_on_a_cpu(case, engine, make_inputs):
+    """In float32, so that it is the form they object to."""
+    x = make_inputs(UNEVEN[case], 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"sink|no 'none' normaliser|no score function"):
+        explain(*x.tensors, UNEVEN[case], engine=engine, **x.operands)
+
+
+def test_no_library_kernel_is_taken_for_one_with_a_sink(make_inputs):
+    for form, expected in ((Scores(), True), (SINKS["a sink beside everything"], False), (WEIGHTS["no score"], False)):
+        x = make_inputs(form, 5)
+        assert plain(form, Inputs(*x.tensors, 1.0, range(5), range(5))) == expected
+
+
+@pytest.mark.parametrize("case", ["a sink", "a sink and a window"])
+def test_flex_puts_sinks_on_top_of_its_lse(case, make_inputs, monkeypatch):
+    """On a GPU. Traced as there but run by torch's plain operations, which have the lse on a CPU too. Queries 0 to 2
+    see nothing but the sink."""
+    from functools import partial
+
+    from manyheads.engines import flex
+
+    def without_a_kernel(program, lse):
+        return torch.compile(partial(flex._attend, program=program, lse=True), backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(flex, "_compile", without_a_kernel)
+    monkeypatch.setattr(flex, "_COMPILED", {})
+    x = make_inputs(SINKS[case], 150, 147, kv_heads=2)
+    inputs = Inputs(*x.tensors, 6**-0.5, range(150), range(3, 150), x.operands)
+    expected = attention(*x.tensors, SINKS[case], engine="eager", return_lse=True, **x.operands)
+    torch.testing.assert_close(flex.run(SINKS[case], inputs), expected, **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", ["a sink", "a sink and a window"])
+def test_flex_has_sinks_on_a_gpu(case, make_inputs):
+    """(o, lse) and gradients; float32 on both sides, summed in another order."""
+    x = make_inputs(SINKS[case], 150, 200, head_dim=32, v_head_dim=32, dtype=torch.float32)
+    leaves = [t.cuda().requires_grad_() for t in x.leaves]
+    outcomes = []
+    for engine in ("flex", "eager"):
+        o, lse = attention(*leaves[:3], SINKS[case], engine=engine, return_lse=True, sink=leaves[3])
+        outcomes.append((o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), leaves)))
+    torch.testing.assert_close(*outcomes, atol=1e-4, rtol=1e-3)
 
 
 # ---- recurrences ----

@@ -15,7 +15,8 @@ import manyheads
 
 PACKAGE = Path(manyheads.__file__).parent
 
-# Who may import what besides itself. `mechanisms.*` is a mechanism's own file, `engines.*` an engine.
+# Who may import what besides itself. `mechanisms.*` is a mechanism's own file, `layers.*` a layer's, `engines.*` an
+# engine.
 MAY_IMPORT = {
     "core": set(),
     "mechanisms": {"core"},
@@ -23,12 +24,14 @@ MAY_IMPORT = {
     "cache": {"core"},
     "dispatch": {"core", "engines", "mechanisms"},
     "nn": {"core", "dispatch", "mechanisms"},
+    "layers": {"core", "dispatch", "mechanisms", "nn"},
     "distributed": {"core", "dispatch", "mechanisms", "nn"},
     "integrations": {"core", "mechanisms", "cache", "dispatch", "nn"},
     "evaluate": {"", "core", "mechanisms", "cache", "dispatch", "nn", "integrations"},
     "inspect": {"", "core", "mechanisms", "cache", "dispatch", "nn", "integrations", "evaluate"},
     "studies": {"", "core", "mechanisms", "cache", "dispatch", "nn", "integrations", "evaluate", "inspect"},
-    "cli": {"", "core", "mechanisms", "cache", "dispatch", "nn", "integrations", "evaluate", "inspect", "studies"},
+    "cli": {"", "core", "mechanisms", "cache", "dispatch", "nn", "integrations", "evaluate", "inspect", "studies"}
+    | {"layers"},
 }
 
 # Modules that only these parts of the package may name.
@@ -76,16 +79,16 @@ def objections(own: str, source: str) -> list[str]:
         if top in FOREIGN and where not in FOREIGN[top]:
             wrong.append(name)
         elif top == "manyheads" and own != "manyheads":
-            siblings = where in ("mechanisms", "engines") and other == where and unlike(own, name)
+            siblings = where in ("mechanisms", "layers", "engines") and other == where and unlike(own, name)
             if siblings or (other != where and other not in MAY_IMPORT[where]):
                 wrong.append(name)
     return wrong
 
 
 def unlike(own: str, other: str) -> bool:
-    """Two engines, or two mechanisms. An engine that is a folder may import its own parts."""
-    if part(own) == "mechanisms":
-        return own != "manyheads.mechanisms"
+    """Two engines, mechanisms or layers. An engine that is a folder may import its own parts."""
+    if part(own) in ("mechanisms", "layers"):
+        return own != f"manyheads.{part(own)}"
     return own.split(".")[:3] != other.split(".")[:3]
 
 
@@ -105,6 +108,9 @@ def test_imports_run_one_way(file):
         ("mechanisms.sparse.moba", "from manyheads.engines import eager"),
         ("engines.sdpa", "from manyheads.engines.eager import run"),
         ("engines.sdpa", "from manyheads.mechanisms import get"),
+        ("layers.heads.moh", "from manyheads.layers.heads import mhe"),
+        ("layers.heads.moh", "from manyheads.integrations import capture"),
+        ("nn", "from manyheads.layers import get"),
         ("dispatch", "def later():\n    import manyheads.nn"),
         ("nn", "import transformers"),
         ("cache.policy", "from manyheads.dispatch import attention"),

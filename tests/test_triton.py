@@ -37,10 +37,10 @@ def distance(s, b, h, i, j):
     return s - 0.05 * (h + 1) * (i - j)
 
 
-def documents(length: int, device: torch.device) -> Scores:
+def documents(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Scores:
     """Packed documents, and a bias that a tensor holds."""
     at = (torch.arange(length, device=device) * 7 // length).int()
-    bias = torch.linspace(-1, 1, 64, device=device)
+    bias = torch.linspace(-1, 1, 64, device=device, dtype=dtype).requires_grad_()
     return Scores(
         mask=lambda b, h, i, j: (at[i] == at[j]) & (j <= i),
         score=lambda s, b, h, i, j: s + bias[(i - j).clamp(0, 63)],
@@ -53,6 +53,44 @@ def forgetful() -> Scores:
         mask=alibi,
         score=lambda s, b, h, i, j, g: s + g[b, h, i] - g[b, h, j],
         operands={"g": Operand("batch heads len")},
+    )
+
+
+def slopes(heads: int, device: torch.device, dtype: torch.dtype, normaliser: str = "softmax") -> Scores:
+    """Learned slopes; their derivative is i - j, and places depend on the head alone."""
+    slope = torch.linspace(0.02, 0.1, heads, device=device, dtype=dtype).requires_grad_()
+    return Scores(mask=alibi, score=lambda s, b, h, i, j: s - slope[h] * (i - j), normaliser=normaliser)
+
+
+def relative(heads: int, device: torch.device, dtype: torch.dtype) -> Scores:
+    """A learned bias for each head and distance, and a temperature: derivatives that depend on the score."""
+    bias = torch.linspace(-1, 1, heads * 21, device=device, dtype=dtype).view(heads, 21).requires_grad_()
+    temperature = torch.tensor(1.5, device=device, dtype=dtype, requires_grad=True)
+    return Scores(score=lambda s, b, h, i, j: s / temperature + bias[h, (i - j).clamp(-10, 10) + 10])
+
+
+def roots(last: int, device: torch.device, dtype: torch.dtype) -> Scores:
+    """A learned number for each distance, whose root has an infinite derivative at the first. last: the least distance
+    that anybody sees."""
+    g = torch.arange(50, device=device, dtype=dtype).requires_grad_()
+    return Scores(mask=lambda b, h, i, j: i - j >= last, score=lambda s, b, h, i, j: s - 0.1 * torch.sqrt(g[i - j]))
+
+
+def sigmoid(heads: int, device: torch.device, dtype: torch.dtype) -> Scores:
+    """Weights that are not normalised, with a learned bias for each head."""
+    bias = torch.linspace(-2, -1, heads, device=device, dtype=dtype).requires_grad_()
+    return Scores(
+        mask=lambda b, h, i, j: (j <= i) & (i - j < 50),
+        score=lambda s, b, h, i, j: torch.sigmoid(s + bias[h]),
+        normaliser="none",
+    )
+
+
+def sinking(window: int) -> Scores:
+    return Scores(
+        mask=lambda b, h, i, j: (j <= i) & (i - j < window) & (i > 5),
+        operands={"sink": Operand("heads")},
+        sink="sink",
     )
 
 
@@ -71,12 +109,19 @@ class Case:
     absent: tuple[int, ...] = ()
     scale: float | None = None
 
-    def form(self, device: torch.device) -> Form:
+    def form(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Form:
+        """dtype: of the captured tensors, which hold what float32 has exactly."""
         own = {
             "alibi": lambda: Scores(mask=alibi, score=distance),
-            "documents": lambda: documents(self.kv_len, device),
+            "documents": lambda: documents(self.kv_len, device, dtype),
             "forgetful": forgetful,
             "nothing": lambda: Scores(mask=lambda b, h, i, j: i < 0),
+            "slopes": lambda: slopes(self.heads[0], device, dtype, **self.settings),
+            "relative": lambda: relative(self.heads[0], device, dtype),
+            "roots": lambda: roots(device=device, dtype=dtype, **self.settings),
+            "sigmoid": lambda: sigmoid(self.heads[0], device, dtype),
+            "linear": lambda: Scores(mask=alibi, normaliser="none"),
+            "sinking": lambda: sinking(**self.settings),
         }
         return own[self.mechanism]() if self.mechanism in own else manyheads.get(self.mechanism)(**self.settings)
 
@@ -106,11 +151,27 @@ SMALL = {
         Case("sliding_window", {"window": 20, "sinks": 3}, 70, 100),
         Case("power_attention", {"block_size": 8, "window_blocks": 2}, 130, 130),
     ],
+    "learned": [
+        Case("slopes", heads=(4, 2), q_len=50, kv_len=90),
+        Case("slopes", {"normaliser": "signed"}, q_len=40, kv_len=40, scale=-0.3),
+        Case("relative", batch=2, q_len=40, kv_len=60),
+    ],
+    "normalisers": [
+        Case("sigmoid", heads=(4, 2), q_len=70, kv_len=100, v_head_dim=24),
+        Case("sigmoid", batch=2, absent=(3, 30)),
+        Case("linear", scale=-0.1),
+        Case("sinking", {"window": 30}, 100, 100, heads=(4, 2)),
+        Case("sinking", {"window": 30}, batch=2, absent=(3, 30)),
+        Case("sinking", {"window": 0}, 20, 20),
+    ],
 }
 
 
 def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and gradients in a dtype, of numbers that `like` holds exactly. Views, not whole tensors, go in."""
+    """Outputs and gradients in a dtype, of numbers that `like` holds exactly. Views, not whole tensors, go in.
+
+    Captured tensors are float32 for the kernels, whatever the dtype, and have the same numbers in float64.
+    """
     g = torch.Generator().manual_seed(0)
     heads, kv_heads = case.heads
 
@@ -121,9 +182,11 @@ def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like:
     q = leaf(case.batch, case.q_len, heads, case.head_dim).transpose(1, 2).requires_grad_()
     k = leaf(case.batch, case.kv_len, kv_heads, case.head_dim).transpose(1, 2).requires_grad_()
     v = leaf(case.batch, case.kv_len, kv_heads, case.v_head_dim).transpose(1, 2).requires_grad_()
-    form = case.form(device)
+    form = case.form(device, torch.promote_types(dtype, torch.float32))
     sizes = {"batch": case.batch, "heads": heads, "len": case.kv_len}
-    operands = {name: leaf(*operand.shape(sizes)) for name, operand in form.operands.items()}
+    operands = {name: leaf(*o.shape(sizes)).requires_grad_() for name, o in form.operands.items()}
+    assert isinstance(form, Scores)
+    learned = {f"tensor {n}": t for n, t in enumerate(form.program.tensors) if t.requires_grad} | operands
     q_at = kv_at = None
     if case.absent:
         kv_at = torch.stack([(torch.arange(case.kv_len) - n).clamp(min=-1) for n in case.absent]).to(device)
@@ -134,8 +197,9 @@ def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like:
     o, lse = engine.run(form, x)
     weigh_o, weigh_lse = leaf(case.batch, case.q_len, heads, case.v_head_dim).transpose(1, 2), leaf(*lse.shape)
     loss = (o * weigh_o).sum() + (torch.where(lse.isneginf(), 0.0, lse) * weigh_lse).sum()
-    grads = torch.autograd.grad(loss, (q, k, v))
-    return dict(zip(NAMES, (o.detach(), lse.detach(), *grads), strict=True))
+    grads = torch.autograd.grad(loss, (q, k, v, *learned.values()))
+    assert all(g.dtype == t.dtype for g, t in zip(grads[3:], learned.values(), strict=True))
+    return dict(zip((*NAMES, *learned), (o.detach(), lse.detach(), *grads), strict=True))
 
 
 def errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -143,8 +207,8 @@ def errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, fl
     ours = computed(case, triton, dtype, device, dtype)
     truth = computed(case, eager, torch.float64, device, dtype)
     found = {}
-    for name in NAMES:
-        a, b = ours[name].double(), truth[name]
+    for name in truth:
+        a, b = ours[name].double(), truth[name].double()
         inf = b.isneginf()
         if not torch.equal(a.isneginf(), inf):
             found[name] = float("inf")
@@ -186,22 +250,103 @@ def test_equals_eager(group):
 
 def others() -> None:
     """Numbers of a mask may change without another module; lists are kept for what repeats; bfloat16 is near."""
-    from manyheads.engines.triton import launch
+    from manyheads.engines.triton import call
 
     cpu = torch.device("cpu")
     case = Case("sliding_window", {"window": 9, "sinks": 2}, 40, 40)
     first = computed(case, triton, torch.float32, cpu, torch.float32)
-    entries, lists = len(launch._ENTRIES), len(launch.KEPT.found)
+    entries, lists = len(call._ENTRIES), len(call.KEPT.found)
     again = computed(case, triton, torch.float32, cpu, torch.float32)
     assert all(torch.equal(first[name], again[name]) for name in NAMES), "the same every run"
-    assert len(launch.KEPT.found) == lists, "the same positions have the same lists"
+    assert len(call.KEPT.found) == lists, "the same positions have the same lists"
     computed(Case("sliding_window", {"window": 17, "sinks": 1}, 40, 40), triton, torch.float32, cpu, torch.float32)
-    assert len(launch._ENTRIES) == entries and len(launch.KEPT.found) > lists
+    assert len(call._ENTRIES) == entries and len(call.KEPT.found) > lists
     # The interpreter cuts bits off where a GPU rounds.
     assert max(errors(case, torch.bfloat16, cpu).values()) < 2e-2
     assert max(errors(case, torch.float16, cpu).values()) < 2e-3
     o = computed(case, triton, torch.bfloat16, cpu, torch.bfloat16)["o"]
     assert o.dtype == torch.bfloat16 and o.transpose(1, 2).is_contiguous(), "laid out as the queries are"
+    print("done")
+
+
+def infinite() -> None:
+    """A derivative that is infinite counts where somebody sees it. Autograd multiplies it by 0 elsewhere too."""
+    cpu = torch.device("cpu")
+    unseen = Case("roots", {"last": 1}, 31, 32, heads=(1, 1))
+    ours = computed(unseen, triton, torch.float32, cpu, torch.float32)["tensor 0"]
+    truth = computed(unseen, eager, torch.float64, cpu, torch.float32)["tensor 0"]
+    assert truth[0].isnan() and ours[0] == 0
+    assert (ours - truth)[1:].norm() < 5e-6 * truth[1:].norm()
+    seen = Case("roots", {"last": 0}, 31, 32, heads=(1, 1))
+    assert computed(seen, triton, torch.float32, cpu, torch.float32)["tensor 0"].isnan().all()
+    print("done")
+
+
+def orders() -> None:
+    """The order in which tiles are added up does not show in what the score reads."""
+    from manyheads.engines.triton import call as calls
+    from manyheads.engines.triton import launch
+
+    torch.manual_seed(0)
+    form = relative(2, torch.device("cpu"), torch.float32)
+    q, k, v, do = (torch.randn(1, 2, 64, 16) for _ in range(4))
+    lse, delta = torch.zeros(1, 2, 64), torch.randn(1, 2, 64)
+    found = []
+    for turned in (False, True):
+        call = calls.Call(
+            form.program, {}, "softmax", None, 0.3, range(64), range(64), 1, 2, 2, 64, 64, 16, 16, q.device, 4
+        )
+        lists = call.lists(block := call.block("queries"))
+        assert (lists.tiles.shape[-1] > 1) and lists.counts.sum(-1).eq(lists.tiles.shape[-1]).all()
+        if turned:
+            call.own[(block.queries, block.keys), False] = lists._replace(tiles=lists.tiles.flip(-1).contiguous())
+        found.append(launch.run_gradients(q, k, v, do, lse, delta, call, (0, 1)))
+    assert all(torch.equal(found[0][source], found[1][source]) for source in (0, 1))
+    assert found[0].keys() == {0, 1} and all(x.isfinite().all() and x.any() for x in found[0].values())
+    print("done")
+
+
+def bounds() -> None:
+    """A sum as large as its bound is kept whole: all scores have the same gradient, |do| |v|."""
+    bias = torch.zeros((), requires_grad=True)
+    form = Scores(score=lambda s, b, h, i, j: s + bias, normaliser="none")
+    x = [torch.ones(1, 1, 32, 16) for _ in range(3)]
+    o, _ = triton.run(form, build_inputs(form, *x, None, None, None, None, {}))
+    (found,) = torch.autograd.grad(o.sum(), bias)
+    assert found == 32 * 32 * 16
+    print("done")
+
+
+def padding() -> None:
+    """What absent tokens hold does not show in what the score reads, large as it may be."""
+    found = []
+    for huge in (0.0, 1e15):
+        torch.manual_seed(0)
+        form = slopes(2, torch.device("cpu"), torch.float32)
+        q, k, v, do = (torch.randn(2, 2, 40, 16) for _ in range(4))
+        for t in (v, do):
+            t[0, :, :7] = huge
+        at = torch.stack([(torch.arange(40) - n).clamp(min=-1) for n in (7, 0)])
+        o, _ = triton.run(form, build_inputs(form, q, k, v, None, at, at, None, {}))
+        found += torch.autograd.grad((o * do).sum(), form.program.tensors)
+    assert torch.equal(*found) and found[0].any()
+    print("done")
+
+
+def no_sink() -> None:
+    """A sink of -inf is none: as where another part of the keys has it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    results = []
+    for form, sink in ((sinking(9), torch.tensor([-torch.inf, 0.5])), (Scores(mask=sinking(9).mask), None)):
+        sink = None if sink is None else sink.requires_grad_()
+        operands = {} if sink is None else {"sink": sink}
+        o, lse = triton.run(form, build_inputs(form, q, k, v, None, None, None, None, operands))
+        results.append((o[:, 0], lse[:, 0]))
+        if sink is not None:
+            (found,) = torch.autograd.grad(o.sum() + lse[:, :, 9:].sum(), sink)
+            assert found[0] == 0 and found[1] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     print("done")
 
 
@@ -230,6 +375,26 @@ def test_repeats_and_keeps():
     assert interpret("others()") == "done"
 
 
+def test_gradients_do_not_depend_on_the_order_of_tiles():
+    assert interpret("orders()") == "done"
+
+
+def test_gradients_ignore_padding():
+    assert interpret("padding()") == "done"
+
+
+def test_a_gradient_as_large_as_its_bound():
+    assert interpret("bounds()") == "done"
+
+
+def test_infinite_derivatives_count_where_they_are_seen():
+    assert interpret("infinite()", strict=False) == "done"  # numpy warns of them
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    assert interpret("no_sink()") == "done"
+
+
 # ---- without a GPU and without the interpreter ----
 
 
@@ -246,12 +411,8 @@ def test_says_what_it_cannot_do(monkeypatch):
     assert "float64" in objection(causal, torch.float64)
     assert "head_dim up to 256" in objection(causal, head_dim=257)
     assert "not a Recurrence" in objection(manyheads.get("lightning_attention_2")())
-    slopes = torch.ones(2, requires_grad=True)
-    learned = Scores(score=lambda s, b, h, i, j: s * slopes[h])
-    assert "captured" in objection(learned)
-    with torch.no_grad():
-        assert objection(learned) is None
-    assert "operands: g" in objection(forgetful(), g=torch.zeros(1, 2, 8, requires_grad=True))
+    assert objection(slopes(2, torch.device("cpu"), torch.float32)) is None
+    assert objection(forgetful(), g=torch.zeros(1, 2, 8, requires_grad=True)) is None
     q = torch.zeros(1, 2, 8, 16)
     assert "by name" in triton.hesitates(causal, build_inputs(causal, q, q, q, None, None, None, None, {}))
 
@@ -276,26 +437,39 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": int(found[1]), "shared": compiled.metadata.shared, **count}
 
 
+SHARED = 227 * 1024  # bytes that a block has on Hopper
+KERNELS = {
+    "forward": ("mask", "score"),
+    "keys": ("mask", "score", "dscore"),
+    "queries": ("mask", "score", "dscore"),
+    "gradients": ("mask", "score", "gradients", "places"),
+}
+
+
 def compiled_for_hopper(kernel: str, form: Scores, head_dim: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from manyheads.engines.triton import backward, forward, launch
+    from manyheads.engines.triton import backward, call, forward, gradients
 
-    block = launch.block(kernel, "9", 2, head_dim, form.program.has_score)
-    function = {"forward": forward.forward, "keys": backward.keys, "queries": backward.queries}[kernel]
-    functions = launch.FUNCTIONS[:2] if kernel == "forward" else launch.FUNCTIONS
-    outputs = functions if form.program.has_score else ("mask",)
-    source = form.program.source("triton", outputs)
-    entry = source.entry(
-        f"{function.fn.__module__}:{function.fn.__name__}", launch.parameters(function), functions, launch.FIXED
-    )
+    line, sizes = range(400), (1, 2, 2, 400, 400, head_dim, head_dim)
+    of = call.Call(form.program, {}, "softmax", None, 0.1, line, line, *sizes, torch.device("cpu"), 2)
+    block = of.block("queries" if kernel == "gradients" else kernel)
+    function = getattr({"forward": forward, "gradients": gradients}.get(kernel, backward), kernel)
+    functions = KERNELS[kernel]
+    source = form.program.source("triton", functions[:3] if form.program.has_score else ("mask",))
+    entry = source.entry(f"{function.fn.__module__}:{kernel}", call.parameters(function), functions, call.FIXED)
     constants = dict(
-        SIGNED=False, FOLDED=not form.program.has_score, Q_GIVEN=False, KV_GIVEN=False, D=head_dim, DV=head_dim,
-        PD=head_dim, PV=head_dim, BM=block.queries, BN=block.keys, SIMULATED=False, group=1,
+        NORMALISER="softmax", FOLDED=not form.program.has_score, Q_GIVEN=False, KV_GIVEN=False, D=head_dim, DV=head_dim,
+        PD=head_dim, PV=head_dim, BM=block.queries, BN=block.keys, SIMULATED=False, group=1, SINK=None, LARGEST=None,
+        UNIT=1,
     )  # fmt: skip
-    pointers = {"LSE": "*fp32", "DELTA": "*fp32", "COUNTS": "*i32", "LISTS": "*i32", "Q_AT": "*i64", "KV_AT": "*i64"}
+    pointers = {
+        "LSE": "*fp32", "DELTA": "*fp32", "SCALES": "*fp32", "COUNTS": "*i32", "LISTS": "*i32", "Q_AT": "*i64",
+        "KV_AT": "*i64", "TABLES": ("*i64",) * len(source.program.gradients),
+    }  # fmt: skip
     numbers = {a.name: "fp32" if a.kind in ("fp32", "inverse") else "i32" for a in source.signature} | {"scale": "fp32"}
+    numbers |= {a.name: "*fp32" for a in source.signature if a.kind == "pointer"}
     types, aligned = {}, {}
     for place, name in enumerate(entry.arg_names):
         if name in constants:
@@ -304,26 +478,41 @@ def compiled_for_hopper(kernel: str, form: Scores, head_dim: int):
             types[name] = pointers.get(name, "*bf16")
         else:
             types[name] = numbers.get(name, "i32")
-        if types[name][0] == "*" or (name[-2:] in ("_b", "_h", "_n") and name not in launch.FIXED):
+        if types[name][0] == "*" or (name[-2:] in ("_b", "_h", "_n") and name not in call.FIXED):
             aligned[(place,)] = [["tt.divisibility", 16]]
     used = {name: value for name, value in constants.items() if name in entry.arg_names}
     options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
     return compile(ASTSource(entry, types, used, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["forward", "keys", "queries"])
-def test_compiles_for_hopper_without_spills(kernel, head_dim, tmp_path, monkeypatch):
+@pytest.fixture
+def hopper(tmp_path, monkeypatch):
+    from manyheads.engines.triton import call
+
     monkeypatch.setenv("PYTEST_CUBIN", str(tmp_path / "kernel.cubin"))
-    for name in ("causal", "gemma2"):
-        form = manyheads.get(name)()
+    monkeypatch.setattr(call, "chip_of", lambda device: "9")
+
+
+LEARNED = slopes(2, torch.device("cpu"), torch.float32), relative(2, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_for_hopper_without_spills(kernel, head_dim, hopper):
+    for form in LEARNED if kernel == "gradients" else (manyheads.get("causal")(), manyheads.get("gemma2")()):
         assert isinstance(form, Scores)
         found = compiled_for_hopper(kernel, form, head_dim)
         assert "wgmma" in found.asm["ptx"]
         used = resources(found)
-        assert used["STL"] == used["LDL"] == 0, (name, used)
-        assert used["HGMMA"] and not used["HMMA"], (name, used)
-        assert used["shared"] <= 227 * 1024, (name, used)
+        assert used["STL"] == used["LDL"] == 0, (form, used)
+        assert used["HGMMA"] and not used["HMMA"], (form, used)
+        assert used["shared"] <= SHARED, (form, used)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_table_read_for_each_pair_fits_shared_memory(kernel, head_dim, hopper):
+    assert compiled_for_hopper(kernel, LEARNED[1], head_dim).metadata.shared <= SHARED
 
 
 # ---- on a GPU ----
@@ -343,11 +532,14 @@ REAL = [
     Case("power_attention", {"block_size": 32, "window_blocks": 2}, 1500, 1500, 64, 64),
     Case("cog_attention", {}, 600, 600, 128, 128),
     Case("alibi", {}, 1000, 1000, 128, 128, (4, 4), 1),
-    # Reads memory that is no tensor's in float16, which ends the process's use of the GPU: docs/log.md.
-    pytest.param(
-        Case("alibi", {}, 400, 400, 72, 24, (4, 4), 1), marks=pytest.mark.skip(reason="illegal access, see log")
-    ),
+    Case("alibi", {}, 400, 400, 72, 24, (4, 4), 1),
     Case("documents", {}, 2000, 2000, 64, 64),
+    Case("slopes", {}, 1000, 1000, 128, 128, (4, 2), 2),
+    Case("slopes", {"normaliser": "signed"}, 600, 600, 64, 64),
+    Case("relative", {}, 700, 900, 64, 64, (4, 4), 2),
+    Case("sigmoid", {}, 1000, 1000, 64, 64, (4, 2), 2),
+    Case("linear", {}, 500, 500, 128, 128),
+    Case("sinking", {"window": 100}, 1000, 1000, 64, 64, (4, 2), 2),
     Case("forgetful", {}, 500, 500, 64, 64, (4, 2), 2, (0, 77)),
     Case("nothing", {}, 100, 100, 64, 64),
     Case("causal", {}, 1, 517, 128, 128, (8, 2), 4),
@@ -362,7 +554,9 @@ REAL = [
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_equals_eager_on_a_gpu(case, dtype):
     found = errors(case, dtype, torch.device("cuda"))
-    assert max(found.values()) < BOUNDS[dtype], found
+    # What the score reads sums up rounded gradients of all pairs, which nearly cancel.
+    wrong = {name: e for name, e in found.items() if e >= BOUNDS[dtype] * (1 if name in NAMES[:5] else 2)}
+    assert not wrong, found
 
 
 @pytest.mark.gpu
@@ -377,14 +571,14 @@ def test_repeats_bit_by_bit_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_new_numbers_and_lengths_compile_nothing():
-    from manyheads.engines.triton import launch
+    from manyheads.engines.triton import call
 
     device = torch.device("cuda")
 
     def run(window: int, length: int) -> int:
         case = Case("sliding_window", {"window": window, "sinks": 4}, length, length, 64, 64)
         computed(case, triton, torch.bfloat16, device, torch.bfloat16)
-        return sum(len(cache[0]) for entry in launch._ENTRIES.values() for cache in entry.device_caches.values())
+        return sum(len(cache[0]) for entry in call._ENTRIES.values() for cache in entry.device_caches.values())
 
     first = run(128, 1024)
     assert run(17, 1024) == run(1, 515) == run(64, 1) == first
@@ -392,6 +586,7 @@ def test_new_numbers_and_lengths_compile_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_waits_for_nothing_on_a_gpu():
     """No call but the first of a structure and length waits for the device."""
     q = torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

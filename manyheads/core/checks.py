@@ -57,6 +57,8 @@ def build_inputs(
             raise ValueError(f"state must be a tensor {expected}, as an earlier call returned it, not {got}")
         if state.device != q.device:
             raise ValueError(f"state is on {state.device} but q is on {q.device}; they must agree")
+    if not operands:
+        return x
     return x.with_(operands={name: _operand(form, name, value, x) for name, value in operands.items()})
 
 

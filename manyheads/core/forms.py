@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, lru_cache
+from itertools import count
+from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -73,11 +75,40 @@ class Projections:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Form:
-    """The one abstract level: what every form carries. default_scale: head_dim -> what multiplies q.k unless asked."""
+    """The one abstract level: what every form carries. default_scale: head_dim -> what multiplies q.k unless asked.
+
+    handle: an empty tensor whose first size is the form's number, see `form_of`. torch.compile compiles anew for each
+        value of a number that it meets, but not for each size that is marked as one that changes.
+    """
 
     operands: Mapping[str, Operand] = field(default_factory=dict)
     projections: Projections = Projections()
     default_scale: Callable[[int], float] = inverse_sqrt
+    handle: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()  # a copy is a form of its own
+
+    def _register(self) -> None:
+        number = next(_NUMBERS)
+        _FORMS[number] = self
+        handle: Any = torch.empty(number, 0, device="cpu")
+        handle._dynamo_dynamic_indices = {0}  # torch._dynamo.mark_dynamic, without a second for its import
+        object.__setattr__(self, "handle", handle)
+
+
+_NUMBERS = count(2)  # torch.compile compiles anew for 0 and 1
+_FORMS: WeakValueDictionary[int, Form] = WeakValueDictionary()
+
+
+@lru_cache(4096)  # kept for a backward pass, which has no more than the number
+def form_of(number: int) -> Form:
+    """The form of that number. Raises KeyError if it is gone."""
+    return _FORMS[number]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,12 +116,27 @@ class Scores(Form):
     """o_i = sum_j normalise_j(score(scale q_i.k_j)) v_j over the keys that mask lets query i see.
 
     mask(b, h, i, j) -> bool and score(s, b, h, i, j) -> s are plain functions of batch, head and absolute query and
-    key position; operands follow j by name. normaliser: "softmax", or "signed" (sign(s) softmax(|s|)).
+    key position; operands follow j by name.
+    normaliser: "softmax"; "signed" (sign(s) softmax(|s|)); or "none": score gives the weights themselves, as for
+        sigmoid attention, and parts of the keys merge by addition.
+    sink: with "softmax", an operand "heads" that is one more score in each row, of a key whose value is zero. It counts
+        once: where keys are split, one part has it and the others have -inf in its place.
     """
 
     mask: Callable | None = None
     score: Callable | None = None
-    normaliser: Literal["softmax", "signed"] = "softmax"
+    normaliser: Literal["softmax", "signed", "none"] = "softmax"
+    sink: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.program  # noqa: B018  torch.compile follows what is there, but cannot make it
+        if self.sink is None:
+            return
+        if self.normaliser != "softmax":
+            raise ValueError(f"a sink is one more score in a softmax; the normaliser {self.normaliser!r} has none")
+        if self.sink not in self.operands or self.operands[self.sink].names != ("heads",):
+            raise ValueError(f"the sink {self.sink!r} must be declared in operands, as Operand('heads')")
 
     @cached_property
     def program(self) -> Program:

@@ -7,7 +7,7 @@ from torch import Tensor
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge (o, lse) of two disjoint sets of keys. o [..., len, v_head_dim], lse [..., len], natural logarithm.
 
-    An empty side has o = 0 and lse = -inf; two empty sides give an empty one.
+    An empty side has o = 0 and lse = -inf; two empty sides give an empty one. A sink counts once: one side has it.
     """
     (o_a, lse_a), (o_b, lse_b) = a, b
     top = torch.maximum(lse_a, lse_b)

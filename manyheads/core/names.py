@@ -11,9 +11,14 @@ class UnknownName(KeyError):
         return str(self.args[0])
 
 
+MANY = 20  # names beyond which a sentence shows the nearest of them
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """One sentence for an unknown name."""
     allowed = sorted(allowed)
     near = get_close_matches(given, allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{given!r} is no {what}.{hint} Allowed: {', '.join(allowed) or 'none'}."
+    shown = allowed if len(allowed) <= MANY else get_close_matches(given, allowed, n=5, cutoff=0.0)
+    rest = f" and {len(allowed) - len(shown)} more" if len(shown) < len(allowed) else ""
+    return f"{given!r} is no {what}.{hint} Allowed: {', '.join(shown) or 'none'}{rest}."

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Function, Selection, Sum
+from manyheads.core.forms import Form, Function, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs, as_rows, default_positions
 
 Run = Callable[[Form, Inputs], tuple[Tensor, Tensor | None]]
@@ -29,9 +29,19 @@ def run_rows(run: Run, form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
         o, lse = run(form, _alone(form, x, b, q_at, kv_at))
         o_rows.append(empty.index_copy(1, q_at, o[0]))
         if lse is not None:
-            none = torch.full(empty.shape[:2], -torch.inf, dtype=lse.dtype, device=lse.device)
-            lse_rows.append(none.index_copy(1, q_at, lse[0]))
+            lse_rows.append(unseen(form, x)[b].index_copy(1, q_at, lse[0]))
     return torch.stack(o_rows), torch.stack(lse_rows) if lse_rows else None
+
+
+def unseen(form: Form, x: Inputs) -> Tensor:
+    """The lse [batch, heads, q_len] of queries that see no key, in float32 or wider: of an empty sum, but for a sink;
+    0 where nothing is divided."""
+    inner = form.scores if isinstance(form, Selection) else form
+    wide = torch.promote_types(x.q.dtype, torch.float32)
+    if isinstance(inner, Scores) and inner.sink is not None:
+        return x.operands[inner.sink].to(wide)[None, :, None].expand(x.batch, -1, x.q_len)
+    value = 0.0 if isinstance(inner, Scores) and inner.normaliser == "none" else -torch.inf
+    return torch.full(x.q.shape[:3], value, dtype=wide, device=x.q.device)
 
 
 def _alone(form: Form, x: Inputs, b: int, q_at: Tensor, kv_at: Tensor) -> Inputs:

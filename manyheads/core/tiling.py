@@ -108,7 +108,7 @@ def _allowed(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, opera
 
 def plain(form: Form, x: Inputs) -> bool:
     """Whether any library's full or causal softmax kernel does it: every row whole, and for causal a square."""
-    if not isinstance(form, Scores) or form.program.has_score or form.normaliser != "softmax" or x.ragged:
+    if not isinstance(form, Scores) or form.program.has_score or form.normaliser != "softmax" or form.sink or x.ragged:
         return False
     return not form.program.has_mask or (form.program.key == _CAUSAL.program.key and x.q_len == x.kv_len)
 
@@ -136,7 +136,8 @@ def _by_position(value: Tensor, names: tuple[str, ...], positions: Tensor) -> Te
     if "len" not in names:
         return value
     dim = names.index("len")
-    length = int(positions.max()) + 1
+    # A row of absent tokens, or of none, still has a place to read.
+    length = max(1, int(positions.max()) + 1) if positions.numel() else 1
     shape = [1] * value.ndim
     shape[0], shape[dim] = positions.shape[0], positions.shape[1]
     # Absent tokens (-1) land in a slot of their own behind the last one, which is cut off again.

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs, Positions, as_rows
+from manyheads.core.rows import unseen
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
 
 
@@ -44,13 +45,13 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
 def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
     inner = form.scores if isinstance(form, Selection) else form
     operands = position_operands(inner, x)
-    wide = torch.promote_types(x.q.dtype, torch.float32)
+    sink = None if inner.sink is None else x.operands[inner.sink]
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
-    lse = torch.full(o.shape[:-1], -torch.inf, dtype=wide, device=x.q.device)
+    lse = unseen(form, x)
     again = x.wants_grad
     rows, parts = [], []
     for chunk in chunks(form, x):
-        args = (inner, x.q[:, :, chunk.rows], chunk.pick(x.k), chunk.pick(x.v), x.scale, chunk, operands)
+        args = (inner, x.q[:, :, chunk.rows], chunk.pick(x.k), chunk.pick(x.v), x.scale, chunk, operands, sink)
         part = checkpoint(_attend, *args, use_reentrant=False) if again else _attend(*args)
         rows.append(chunk.rows)
         parts.append(part)
@@ -58,6 +59,7 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
         return x.nothing(), lse
     if again or len(parts) == 1:
         return _assemble(o, rows, [p[0] for p in parts], 2), _assemble(lse, rows, [p[1] for p in parts], 2)
+    lse = lse.clone()
     for at, (o_part, lse_part) in zip(rows, parts, strict=True):
         o[:, :, at], lse[:, :, at] = o_part, lse_part
     return o, lse
@@ -74,32 +76,43 @@ def _assemble(empty: Tensor, rows: list[slice], parts: list[Tensor], dim: int) -
 
 
 def _attend(
-    form: Scores, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk, operands: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+    form: Scores, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk, operands: dict[str, Tensor],
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o, lse) of one chunk. Grouped heads share k and v without repeating them."""
     batch, heads, rows, _ = q.shape
     kv_heads = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads * rows, -1)
     s = (grouped @ k.to(wide).mT).view(batch, heads, rows, -1) * scale
-    s = score(form, s, chunk, operands)
+    weights, lse = _weights(form, score(form, s, chunk, operands), chunk.allowed, sink)
+    o = weights.view(batch, kv_heads, heads // kv_heads * rows, -1) @ v.to(wide)
+    return o.view(batch, heads, rows, -1).to(q.dtype), lse
+
+
+def _weights(form: Scores, s: Tensor, allowed: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What multiplies the values, and the lse, from scores [batch, heads, rows, columns]."""
+    if form.normaliser == "none":
+        return s if allowed is None else s.masked_fill(~allowed, 0.0), s.new_zeros(s.shape[:-1])
     sign = s.sign() if form.normaliser == "signed" else None
     if sign is not None:
         s = s.abs()
-    allowed = chunk.allowed
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)
     top = s.detach().amax(-1, keepdim=True)
+    if sink is not None:
+        sink = sink.to(s.dtype)[:, None, None]
+        top = torch.maximum(top, sink.detach())
     top = torch.where(top.isneginf(), 0.0, top)
     p = (s - top).exp()
     total = p.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - top).exp()
     seen = total > 0
     divisor = torch.where(seen, total, 1.0)
     if sign is not None:
         p = p * sign
-    o = (p / divisor).view(batch, kv_heads, heads // kv_heads * rows, -1) @ v.to(wide)
-    lse = torch.where(seen, top + divisor.log(), -torch.inf).squeeze(-1)
-    return o.view(batch, heads, rows, -1).to(q.dtype), lse
+    return p / divisor, torch.where(seen, top + divisor.log(), -torch.inf).squeeze(-1)
 
 
 # ---- recurrences ----

@@ -17,6 +17,8 @@ from torch import Tensor
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Number, Program
 from manyheads.core.forms import Form, Scores
 from manyheads.core.inputs import Inputs, as_rows
+from manyheads.core.merge import merge
+from manyheads.core.rows import unseen
 from manyheads.core.tiling import position_operands
 
 TILE = 128
@@ -33,8 +35,8 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"FlexAttention runs on CPUs and CUDA GPUs, not on {x.q.device.type}"
     if x.q.device.type == "cpu" and x.wants_grad:
         return "FlexAttention has no backward on a CPU, and refuses inputs that require a gradient"
-    if x.q.device.type == "cpu" and lse:
-        return "FlexAttention does not return the lse on a CPU"
+    if x.q.device.type == "cpu" and (lse or form.sink is not None):
+        return f"FlexAttention does not return the lse on a CPU{'' if lse else ', which a sink needs'}"
     if x.q.device.type == "cuda" and x.q.shape[3] < 16:
         return f"FlexAttention needs a head_dim of 16 or more on a GPU, not {x.q.shape[3]}"
     return None
@@ -70,6 +72,8 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
     o, lse = _COMPILED[key](x.q, x.k, x.v, x.scale, q_at, kv_at, lists, numbers, tensors, operands)
     if lse is not None:
         o = torch.where(lse.isneginf()[..., None], 0.0, o)
+    if form.sink is not None and lse is not None:  # one more key, whose value is zero
+        o, lse = merge((o, lse), (torch.zeros_like(o), unseen(form, x)))
     return o.to(x.q.dtype), lse
 
 
@@ -97,7 +101,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, q_at: Tensor, kv_at: Tensor, lists: tuple[Tensor, ...],
     numbers: tuple[Tensor, ...], tensors: tuple[Tensor, ...], operands: dict[str, Tensor], program: Program, lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     bound = program.rebind(numbers, tensors)
     rows_q, rows_kv = q_at.shape[0], kv_at.shape[0]
@@ -118,6 +122,6 @@ def _attend(
     )  # fmt: skip
     found: Any = flex_attention(
         q, k, v, score_mod=score_mod if bound.has_score else None, block_mask=blocks, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1], return_lse=lse,
+        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True) if lse else None,
     )  # fmt: skip
-    return found if lse else (found, None)
+    return (found[0], found[1].lse) if lse else (found, None)

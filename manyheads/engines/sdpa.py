@@ -26,6 +26,8 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return "scaled_dot_product_attention takes no score function"
     if inner.normaliser != "softmax":
         return f"scaled_dot_product_attention has no {inner.normaliser!r} normaliser"
+    if inner.sink is not None:
+        return "scaled_dot_product_attention has no sinks"
     return None
 
 

@@ -8,9 +8,7 @@ Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU, slowly, for tests.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +16,10 @@ from torch import Tensor
 from manyheads.core.forms import Form, Scores
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import plain
+from manyheads.engines.triton import op
 
-NORMALISERS = ("softmax", "signed")
+HAS_TRITON = find_spec("triton") is not None
+NORMALISERS = ("softmax", "signed", "none")
 LARGEST_HEAD_DIM = 256
 FEW = 2**20  # scores in all below which a launch costs more than the work
 PLAIN = 2**27  # the same where torch has a kernel of its own, whose launch costs less
@@ -30,7 +30,7 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"the Triton kernels compute Scores, not a {type(form).__name__}"
     if form.normaliser not in NORMALISERS:
         return f"the Triton kernels have no {form.normaliser!r} normaliser"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     if x.q.device.type != "cuda" and not (x.q.device.type == "cpu" and _interprets()):
         return f"Triton runs on CUDA and ROCm GPUs, not on {x.q.device.type} (TRITON_INTERPRET=1 is for tests on a CPU)"
@@ -40,47 +40,41 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"the Triton kernels take head_dim up to {LARGEST_HEAD_DIM}, not {max(x.q.shape[3], x.v_head_dim)}"
     if x.q.device.type == "cuda":
         return _on_gpu(form, x)
-    if torch.is_grad_enabled():
-        if any(t.requires_grad for t in form.program.tensors):
-            return "the Triton kernels have no gradient yet for tensors that a mask or score captured"
-        asked = [name for name, operand in x.operands.items() if operand.requires_grad]
-        if asked:
-            return f"the Triton kernels have no gradient yet for operands: {', '.join(asked)}"
     return None
 
 
 def _on_gpu(form: Scores, x: Inputs) -> str | None:
-    """On a GPU the Hopper kernel alone is offered. The plain kernels, which have the backward pass, were right in 40
-    tests on an H100 and then read memory that is no tensor's (docs/log.md): until that is found, they are for tests."""
+    """Hopper GPUs have kernels of their own for 16 bits; the plain ones take the rest. With rows of 16-bit numbers that
+    do not begin at multiples of 16 bytes they read memory that is no tensor's, on an H100 (docs/log.md)."""
     from manyheads.engines.triton import hopper
 
-    if x.wants_grad:
-        return "the Triton kernels have no backward pass on a GPU yet"
-    return hopper.why_not(form, x)
+    if hopper.why_not(form, x) is None:
+        return None
+    if x.q.element_size() == 2 and (x.q.shape[3] % 8 or x.v_head_dim % 8):
+        return f"the Triton kernels take multiples of 8 in 16 bits, not {x.q.shape[3]} and {x.v_head_dim}"
+    return None
 
 
 def hesitates(form: Form, x: Inputs) -> str | None:
+    from manyheads.engines.triton import hopper
+
     if x.q.device.type == "cpu":
         return "Triton's interpreter is for tests: ask for it by name"
+    if hopper.why_not(form, x) is not None:
+        return "the kernels for any GPU were checked on an H100 and not timed beside the others: ask for them by name"
     if x.batch * x.heads * x.q_len * x.kv_len < (PLAIN if plain(form, x) else FEW):
-        return "its launch takes longer than so little work: 150 us, by benchmarks/hopper_check.py on an H100"
+        return "its launch takes longer than so little work, by benchmarks/attention.py on an H100"
     return None
 
 
 def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     """(o, lse). The first call of a structure compiles; other numbers, tensors and lengths compile nothing."""
+    assert isinstance(form, Scores), "why_not said so"
+    if torch.compiler.is_compiling():
+        return op.attend(form, x)
     from manyheads.engines.triton import launch
 
-    assert isinstance(form, Scores), "why_not said so"
-    if torch.compiler.is_compiling():  # the kernels are no operators of torch's yet: a break in the graph
-        eagerly: Any = torch._dynamo.disable(launch.attend)
-        return eagerly(form, x)
     return launch.attend(form, x)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _interprets() -> bool:

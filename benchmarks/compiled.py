@@ -1,0 +1,191 @@
+"""Compile every kernel without a GPU, and read from the machine code what it takes.
+
+    python benchmarks/compiled.py                               with the Triton that is installed
+    python benchmarks/compiled.py --tritons 3.7.1 3.8.0 3.9.0   and with these, side by side (pip fetches them)
+
+Hopper's kernels for sm_90a: registers, bytes of shared memory, spilled words, matrix instructions of the right kind
+(HGMMA). The plain ones for Hopper, Blackwell (sm_100) and an AMD MI300 (gfx942): that they compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SCORES = ("full", "causal", "softcap", "alibi")
+LIMIT = 227 * 1024  # bytes of shared memory of one program on Hopper
+
+
+class Found(NamedTuple):
+    registers: int
+    shared: int
+    spilled: int
+    hgmma: int
+
+
+def form_of(name: str):
+    """A form, made from new functions."""
+    import torch
+
+    from manyheads.core.forms import Scores
+
+    slopes = torch.rand(16)
+
+    def causal(b, h, i, j):
+        return j <= i
+
+    return {
+        "full": lambda: Scores(),
+        "causal": lambda: Scores(mask=causal),
+        "softcap": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: 50.0 * torch.tanh(s / 50.0)),
+        "alibi": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: s - slopes[h] * (i - j)),
+    }[name]()
+
+
+# ---- Hopper's kernels ----
+
+
+def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from manyheads.engines.triton.hopper import backward, forward
+
+    for name in SCORES:
+        form = form_of(name)
+        masked, kind = form.program.has_mask, 1 if form.program.has_mask else 0
+        common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "NORMALISER": 0, "q_at": None, "kv_at": None}
+        for width in forward.TILINGS:
+            keys, stages = forward.TILINGS[width]
+            boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
+            constants = {**common, "STAGES": stages, "sink": None}
+            yield f"attend {name} {width}", lambda a=(forward.ATTEND, form, boxes, width, constants): compiled(*a)
+            tiling = backward.KEYS_TILINGS[width, form.program.has_score]
+            boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
+            boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+            for dk, dv in ((True, False), (False, True)) if tiling.apart else ((True, True),):
+                constants = {**common, "Q_STAGES": tiling.q, "DO_STAGES": tiling.do, "LATE": tiling.late}
+                constants |= {"DK": dk, "DV": dv}
+                label = f"keys {name} {width}" + ("" if dk and dv else " dK" if dk else " dV")
+                yield label, lambda a=(backward.KEYS, form, boxes, width, constants): compiled(*a)
+            keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
+            boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
+            constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
+            yield f"queries {name} {width}", lambda a=(backward.QUERIES, form, boxes, width, constants): compiled(*a)
+
+
+def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constants: dict[str, Any]) -> Any:
+    """boxes: rows of each descriptor's box; less than 0 for numbers of that many queries."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    def descriptor(rows: int) -> str:
+        block, kind, name = ([1, 1, rows, width], gl.bfloat16, "bf16") if rows > 0 else ([1, -rows], gl.float32, "fp32")
+        return f"tensordesc<{name}{block},{gl.NVMMASharedLayout.get_default_for(block, kind)!r}>".replace("'", "")
+
+    source = form.program.source("gluon", kernel.functions)
+    entry = kernel.entry(source)
+    numbers = {"fp32": "fp32", "inverse": "fp32", "i64": "i64", "pointer": "*fp32"}
+    types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
+    types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32"}
+    types |= {name: descriptor(rows) for name, rows in boxes.items()} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in entry.arg_names}
+    places = {name: (k,) for k, name in enumerate(entry.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    given = {places[name]: value for name, value in constants.items()}
+    made = GluonASTSource(entry, signature, constexprs=given, attrs=aligned)
+    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def read(kernel: Any) -> Found:
+    """What the machine code says."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def tool(name: str, option: str) -> str:
+            return subprocess.run([tools / name, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, text = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None
+    count = {name: len(re.findall(rf"\b{name}\b", text)) for name in ("STL", "HGMMA")}
+    return Found(int(found[1]), kernel.metadata.shared, count["STL"], count["HGMMA"])
+
+
+# ---- one Triton, or several side by side ----
+
+
+def check() -> dict[str, Any]:
+    """By kernel: what it takes, or why it does not compile."""
+    import triton
+
+    rows: dict[str, Any] = {"triton": triton.__version__}
+    for name, make in hopper_kernels():
+        start = time.perf_counter()
+        try:
+            rows[name] = [*read(make()), round(time.perf_counter() - start, 1)]
+        except Exception as error:
+            rows[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        print(f"{name:24} {rows[name]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def another(version: str, folder: Path) -> dict[str, Any]:
+    """The same with another Triton, in a process of its own."""
+    place = folder / version
+    if not place.is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(place),
+            f"triton=={version}",
+        ]
+        subprocess.run(command, check=True)
+    paths = f"{place}{os.pathsep}{ROOT}"
+    done = subprocess.run(
+        [sys.executable, __file__, "--json"], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout) if done.returncode == 0 else {"triton": version, "failed": done.returncode}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tritons", nargs="*", default=[], help="versions to check beside the one that is installed")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tritons", help="where they go")
+    parser.add_argument("--json", action="store_true", help="print nothing but the rows of the installed one")
+    given = parser.parse_args()
+    found = check()
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    every = [found, *(another(version, given.folder) for version in given.tritons)]
+    print("registers, bytes of shared memory, spilled words, HGMMA; seconds")
+    print(f"{'kernel':24}" + "".join(f"{rows['triton']:>34}" for rows in every))
+    for name in found:
+        if name != "triton":
+            print(f"{name:24}" + "".join(f"{rows.get(name, 'not run')!s:>34.33}" for rows in every))
+    return int(any(isinstance(v, str) for rows in every for k, v in rows.items() if k != "triton"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

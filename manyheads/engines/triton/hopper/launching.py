@@ -1,0 +1,98 @@
+"""From tensors and numbers to a launch: descriptors, positions, and a program's functions behind a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.core.expressions.source import Source
+from manyheads.core.forms import Scores
+from manyheads.core.inputs import Inputs, Positions, as_rows
+from manyheads.engines.triton import quick
+from manyheads.engines.triton.hopper.names import TensorDescriptor, gl
+
+WIDTHS = (64, 128, 256)  # of rows in a kernel: what is beyond a row's end reads as zeros
+UNIT = 8  # 16 bytes, which rows must be a multiple of
+NORMALISERS = {"softmax": 0, "signed": 1, "none": 2}  # as in kernels/common.py
+
+
+def wide(head_dim: int) -> int:
+    """The width that a kernel is compiled for."""
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Gluon function: its own parameters, those of them whose value must not lead to another compilation, and the
+    functions of a mask and score that it takes behind them."""
+
+    module: Any
+    name: str
+    own: tuple[str, ...]
+    fixed: tuple[str, ...]
+    functions: tuple[str, ...]
+
+    def run(self, programs: int, own: tuple[Any, ...], source: Source | None, arguments: tuple[Any, ...]) -> None:
+        if source is None:
+            given = *own, None, *(None for _ in self.functions)
+            quick.launch(getattr(self.module, self.name), programs, given, num_warps=4, enable_fp_fusion=True)
+        else:
+            quick.launch(self.entry(source), programs, (*own, *arguments), num_warps=4, enable_fp_fusion=True)
+
+    def entry(self, source: Source) -> Any:
+        key = self.name, source.text
+        if key not in _ENTRIES:
+            at = f"{self.module.__name__}:{self.name}"
+            _ENTRIES[key] = source.entry(at, self.own, self.functions, self.fixed)
+        return _ENTRIES[key]
+
+
+_ENTRIES: dict[tuple[str, str], Any] = {}  # by kernel and text
+SIZES = (
+    "heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step",
+)  # fmt: skip
+STEPS = ("table_batch", "table_head", "table_row")
+
+
+def source_of(form: Scores, x: Inputs, functions: tuple[str, ...]) -> Source:
+    """Texts differ with the length: not more often than need be. Tensors of positions hold what is not known here."""
+    ends = [2**30 if isinstance(p, Tensor) else p.stop for p in (x.q_positions, x.kv_positions)]
+    return form.program.source("gluon", functions, length=max(2**20, 1 << (max(ends) - 1).bit_length()))
+
+
+def places(
+    positions: tuple[Positions, Positions], q_len: int, kv_len: int, device: torch.device
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int], tuple[int, int]]:
+    """Positions as kernels take them: int32 rows, or (None, None) for ranges; where ranges start; steps of the rows."""
+    if all(isinstance(p, range) for p in positions):
+        q, kv = positions
+        return (None, None), (q.start, kv.start), (0, 0)  # type: ignore[union-attr]
+    q, kv = (as_rows(p, device).to(device, torch.int32).contiguous() for p in positions)
+    return (q, kv), (0, 0), tuple(t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))  # type: ignore[return-value]
+
+
+def descriptor(x: Tensor, rows: int) -> quick.Box:
+    """x [batch, heads, len, head_dim] in boxes of `rows` of one head. What the hardware cannot step over is copied."""
+    shape, strides = x.shape, x.stride()
+    if 1 in shape[:3]:  # a step that is never taken may be any, and the hardware wants a multiple of 16 bytes
+        strides = *(s if n > 1 else shape[3] for n, s in zip(shape[:3], strides[:3], strict=True)), strides[3]
+    b, h, n, last = strides
+    if last != 1 or x.data_ptr() % 16 or (b | h | n) % UNIT or not (b and h and n):
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = x.stride()
+    return quick.Box(x, shape, strides, kind_of((1, 1, rows, wide(shape[3])), x.dtype))
+
+
+@cache
+def kind_of(block: tuple[int, ...], dtype: torch.dtype) -> quick.Kind:
+    kinds = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), kinds[dtype])
+    return quick.Kind(TensorDescriptor, block, layout)

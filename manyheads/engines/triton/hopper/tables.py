@@ -1,0 +1,120 @@
+"""Which tiles of keys a tile of queries needs, or the other way round, as a table on the device. No mask is ever built.
+
+table = lists(program.tiles(..., tile=(128, keys)), kv_len, keys) or ranges(...); None stands for all tiles
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyheads.core.expressions import EMPTY, FULL, Program
+from manyheads.core.inputs import Inputs
+
+EVERY, RANGES, LISTS = 0, 1, 2  # kinds of tables, as in kernels/common.py
+
+
+class Table(NamedTuple):
+    """values: int32 [batch | 1, heads | 1, rows of tiles, n], see `ranges` and `lists`."""
+
+    kind: int
+    values: Tensor
+
+    def to(self, device: torch.device) -> Table:
+        return Table(self.kind, self.values.to(device, non_blocking=True))
+
+
+def ranges(tiles: Tensor, length: int, size: int) -> Table:
+    """From a map of tiles [batch | 1, heads | 1, rows, columns]: lo, hi, f0, f1 for each row of tiles.
+
+    length, size: of what columns are tiles of, in all and in one tile. The tiles lo to hi - 1 hold all that are needed;
+    the longest run of full ones is f0 to f1 - 1, and the mask looks at all others, empty ones among them. Computed
+    where the map lies, without waiting for it.
+    """
+    needed, full = _needed(tiles, length, size)
+    at = torch.arange(tiles.shape[-1], device=tiles.device)
+    hi = torch.where(needed, at + 1, 0).amax(-1)
+    lo = torch.minimum(torch.where(needed, at, tiles.shape[-1]).amin(-1), hi)
+    run, last = (at - torch.where(full, -1, at).cummax(-1).values).max(-1)
+    return Table(RANGES, torch.stack([lo, hi, last + 1 - run, last + 1], -1).int().contiguous())
+
+
+def lists(tiles: Tensor, length: int, size: int) -> Table:
+    """From a map of tiles: for each row of tiles the number of those it needs, then 2 * tile + (0 if it is full) for
+    each of them in ascending order, then 1s. Computed where the map lies, without waiting for it."""
+    needed, full = _needed(tiles, length, size)
+    at = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
+    far = 2 * tiles.shape[-1] + 2
+    entries = torch.where(needed, 2 * at + (~full).int(), far).sort(-1).values
+    entries = torch.where(entries == far, 1, entries)
+    return Table(LISTS, torch.cat([needed.sum(-1, keepdim=True), entries], -1).int().contiguous())
+
+
+def table(tiles: Tensor, length: int, size: int) -> Table:
+    """Ranges where the needed tiles of every row are one run, else lists. A map on a GPU is not waited for: lists."""
+    if tiles.device.type == "cpu":
+        found = ranges(tiles, length, size)
+        lo, hi = found.values[..., 0], found.values[..., 1]
+        if int((hi - lo).sum()) == int((tiles != EMPTY).sum()):
+            return found
+    return lists(tiles, length, size)
+
+
+def _needed(tiles: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
+    full = tiles == FULL
+    if length % size:  # the last tile sticks out: the mask must look at it
+        full[..., -1] = False
+    return tiles != EMPTY, full
+
+
+_TABLES: OrderedDict[tuple[Any, ...], tuple[Table, Any]] = OrderedDict()  # beside a table what it was made of
+KEPT = 64  # tables
+
+
+def table_of(
+    program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor], turned: bool = False
+) -> Table | None:
+    """The table of a call for tiles of so many queries and keys; turned: its rows are tiles of keys. None: all pairs
+    are allowed."""
+    if not (program.has_mask or x.ragged) or not x.q_len or not x.kv_len:
+        return None
+
+    def make() -> Table:
+        at = x.q_positions, x.kv_positions
+        # What lies on the GPU is not fetched, and not waited for.
+        device = x.q.device if any(t.device == x.q.device for t in program.tensors) else None
+        tiles = program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=device, **operands)
+        found = table(tiles.mT.contiguous(), x.q_len, tile[0]) if turned else table(tiles, x.kv_len, tile[1])
+        return found.to(x.q.device)
+
+    tensors, numbers = program.tensors, program.numbers
+    if (
+        x.ragged
+        or any(isinstance(n, Tensor) for n in numbers)
+        or any(t.is_inference() for t in tensors)
+        or (operands and program.mask_reads_operands)
+    ):
+        return make()
+    versions = tuple((id(t), t._version) for t in tensors)
+    key = program.key, numbers, versions, x.q_positions, x.kv_positions, x.batch, x.heads, tile, turned, x.q.device
+    if key in _TABLES:
+        _TABLES.move_to_end(key)
+    else:
+        _TABLES[key] = make(), tensors
+        if len(_TABLES) > KEPT:
+            _TABLES.popitem(last=False)
+    return _TABLES[key][0]
+
+
+def steps_of(table: Table | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Strides of a table for so many batches, heads and rows, 0 where it is shared."""
+    if table is None:
+        return 0, 0, 0
+    values = table.values
+    batch, heads, rows, _ = values.shape
+    if batch not in (1, shape[0]) or heads not in (1, shape[1]) or rows != shape[2] or not values.is_contiguous():
+        raise ValueError(f"a table of {list(values.shape)} does not fit {shape[0]} x {shape[1]} heads, {shape[2]} rows")
+    return (values.stride(0) if batch > 1 else 0), (values.stride(1) if heads > 1 else 0), values.stride(2)

@@ -1,0 +1,60 @@
+"""Which tiles the kernels visit: lists made from maps of tiles, on the device, and kept for the calls that follow."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyheads.core.expressions import EMPTY, FULL
+
+
+class Lists(NamedTuple):
+    """For each row of tiles those to visit, partial ones first. counts [batch | 1, heads | 1, rows, 2] of partial and
+    full ones; tiles [batch | 1, heads | 1, rows, columns]. Steps in rows from one batch and head to the next."""
+
+    counts: Tensor
+    tiles: Tensor
+    batch_step: int
+    head_step: int
+
+
+def lists_of(found: Tensor) -> Lists:
+    """From a map of tiles, without waiting for the device."""
+    rank = torch.where(found == EMPTY, 2, torch.where(found == FULL, 1, 0)).to(torch.uint8).contiguous()
+    order = rank.argsort(dim=-1, stable=True).to(torch.int32)
+    counts = torch.stack([(rank == 0).sum(-1), (rank == 1).sum(-1)], -1).to(torch.int32)
+    batch, heads, rows, _ = found.shape
+    return Lists(counts, order, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
+
+
+class Kept:
+    """Lists by what they depend on, the latest used; no more than so many and so large."""
+
+    def __init__(self, sets: int = 64, elements: int = 2**26):
+        self.sets, self.elements = sets, elements
+        self.found: OrderedDict[tuple[Any, ...], tuple[Lists, Any]] = OrderedDict()
+        self._lock = threading.Lock()  # backward passes have threads of their own
+
+    def get(self, key: tuple[Any, ...]) -> Lists | None:
+        with self._lock:
+            if key not in self.found:
+                return None
+            self.found.move_to_end(key)
+            return self.found[key][0]
+
+    def put(self, key: tuple[Any, ...], lists: Lists, alive: Any) -> None:
+        """`alive` stays so as long as the lists do."""
+        with self._lock:
+            self.found[key] = lists, alive
+            while len(self.found) > 1 and (len(self.found) > self.sets or self._size() > self.elements):
+                self.found.popitem(last=False)
+
+    def _size(self) -> int:
+        return sum(lists.tiles.numel() for lists, _ in self.found.values())
+
+
+KEPT = Kept()

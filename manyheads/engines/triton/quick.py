@@ -1,0 +1,193 @@
+"""Launches past Triton's binder, which takes longer than a short kernel. The first call of a kind goes the ordinary way
+and leaves a compiled kernel behind; the next ones find it under all that could compile differently.
+
+    box = Box(q, tuple(q.shape), q.stride(), kind)          # in place of a TensorDescriptor
+    launch(entry, programs, (box, ..., lse, q_len, ...), num_warps=4)
+
+Two things that the ordinary launch does are left out: it compares the kernel's globals with what they were when it was
+compiled, and it encodes descriptors anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from inspect import getclosurevars, signature
+from itertools import repeat
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton import knobs
+from triton._C.libtriton import native_specialize_impl as specialise
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ENCODED = 256  # descriptors that are kept for a compiled kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What is compiled of a descriptor. Make each once: kinds are told apart by identity.
+
+    make: TensorDescriptor. block, layout: as it takes them.
+    """
+
+    make: Callable[..., Any]
+    block: tuple[int, ...]
+    layout: Any
+
+
+class Box(NamedTuple):
+    """A tensor that the hardware copies box by box."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return self.kind.block
+
+    def descriptor(self) -> Any:
+        return self.kind.make(self.base, list(self.shape), list(self.strides), list(self.kind.block), self.kind.layout)
+
+
+def launch(entry: Any, programs: int, arguments: Sequence[Any], **options: Any) -> None:
+    """entry[(programs,)](*arguments, **options), for a grid of one dimension. Boxes come before all other arguments."""
+    if why_not(entry) is not None:
+        ordinary(entry, programs, arguments, **options)
+        return
+    count = 0
+    while count < len(arguments) and type(arguments[count]) is Box:
+        count += 1
+    boxes, rest = arguments[:count], arguments[count:]
+    active: Any = driver.active
+    device = active.get_current_device()
+    key = (
+        entry, device, _knobs(), *options.items(), *[(box.kind, box.base.dtype) for box in boxes],
+        *_types(entry, count)(rest),
+    )  # fmt: skip
+    direct = _KNOWN.get(key)
+    if direct is None:
+        compiled = ordinary(entry, programs, arguments, **options)
+        if isinstance(compiled, CompiledKernel):  # a hook of Triton's may have kept it from being compiled
+            _KNOWN[key] = Direct(compiled, count)
+        return
+    direct(programs, active.get_current_stream(device), boxes, rest)
+
+
+def ordinary(entry: Any, programs: int, arguments: Sequence[Any], **options: Any) -> Any:
+    given = [a.descriptor() if type(a) is Box else a for a in arguments]
+    return entry[(programs,)](*given, **options)
+
+
+def why_not(entry: Any) -> str | None:
+    """Why `launch` goes the ordinary way each time."""
+    if not isinstance(entry, JITFunction):
+        return "it is interpreted"
+    if entry.pre_run_hooks:
+        return "it has hooks that run before it"
+    if _waiting(knobs.runtime.launch_enter_hook) or _waiting(knobs.runtime.launch_exit_hook):
+        return "hooks wait for launches, as a profiler's do"
+    if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
+        return "a hook may change how it is compiled"
+    return None
+
+
+def _waiting(hook: Any) -> bool:
+    """A hook is a chain of calls, which may be empty, or a function that was put in its place."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _knobs() -> tuple[Any, ...]:
+    """What is compiled of Triton's settings; the last one came with 3.9."""
+    compilation = knobs.compilation
+    debug, mode = knobs.runtime.debug, compilation.instrumentation_mode
+    return debug, mode, getattr(compilation, "fpsan_homomorphic_casts", None)
+
+
+_KNOWN: dict[tuple[Any, ...], Direct] = {}
+
+
+@cache
+def _types(entry: JITFunction, boxes: int) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What is compiled of the arguments behind the boxes: constants with their values, of others what Triton's binder
+    finds, by the same function and with the same flags."""
+    own = list(enumerate(entry.params[boxes:]))
+    fixed = _picked([place for place, p in own if p.is_constexpr])
+    others = [(place, p) for place, p in own if not p.is_constexpr]
+    free = _picked([place for place, _ in others])
+    flags = [(p.is_const, not p.do_not_specialize, not p.do_not_specialize_on_alignment) for _, p in others]
+    columns = tuple(zip(*flags, strict=True))
+    active: Any = driver.active
+    backend = entry.device_caches[active.get_current_device()][3]
+
+    def types(arguments: Sequence[Any]) -> tuple[Any, ...]:
+        constants = fixed(arguments)
+        return *map(specialise, repeat(backend), free(arguments), *columns), *constants, *map(type, constants)
+
+    return types
+
+
+def _picked(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda arguments: tuple(arguments[place] for place in places)
+
+
+class Direct:
+    """A compiled kernel that takes descriptors encoded, with their shapes and strides behind them."""
+
+    def __init__(self, compiled: Any, boxes: int):
+        self.run = _below(compiled.run) if boxes else compiled.run
+        self.compiled = compiled  # which unloads itself when it goes
+        self.of = compiled.function, compiled.packed_metadata
+        self.encoded = lru_cache(ENCODED)(_encoder(compiled)) if boxes else None
+
+    def __call__(self, programs: int, stream: int, boxes: Sequence[Box], arguments: Sequence[Any]) -> None:
+        expanded: list[Any] = []
+        for place, (base, shape, strides, _) in enumerate(boxes):
+            expanded += self.encoded(place, base.data_ptr(), shape, strides)  # type: ignore[misc]
+        self.run(programs, 1, 1, stream, *self.of, None, None, None, *expanded, *arguments)
+
+
+def _below(run: Any) -> Any:
+    """The launcher without what encodes descriptors: a function around another one, which it calls `launcher`, in
+    Triton 3.6 to 3.9. How the inner one is called differs, but the launcher object knows."""
+    below = copy(run)
+    below.launch = getclosurevars(run.launch).nonlocals["launcher"]
+    return below
+
+
+class _Base(NamedTuple):
+    pointer: int
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class _Described(NamedTuple):
+    """What is read of a TensorDescriptor when it is encoded."""
+
+    base: _Base
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
+
+
+def _encoder(compiled: Any) -> Callable[..., list[Any]]:
+    from triton.backends.nvidia.driver import make_tensordesc_arg as make
+
+    known = compiled.metadata.tensordesc_meta
+    spare = [None] * (len(signature(make).parameters) - 2)  # 3.8 added one that it does not read
+
+    def encode(place: int, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[Any]:
+        return make(_Described(_Base(pointer), shape, strides), known[place], *spare)
+
+    return encode
