@@ -1,7 +1,8 @@
-"""Write docs/mechanisms.md, the index of the mechanisms and cache policies, from what they say of themselves.
+"""Write docs/mechanisms.md, the index of the mechanisms, layers and cache policies, from what they say of themselves,
+and docs/experiments.md with its picture, from experiments/results.
 
-python docs/generate.py            writes it
-python docs/generate.py --check    exits with 1 if it is out of date
+python docs/generate.py            writes them
+python docs/generate.py --check    exits with 1 if one is out of date
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from manyheads import layers
 from manyheads.cache import policies
 from manyheads.core import Mechanism
+from manyheads.core.layer import Layer
 from manyheads.mechanisms import get, names
 
 PAGE = Path(__file__).with_name("mechanisms.md")
+EXPERIMENTS, PICTURE = PAGE.with_name("experiments.md"), PAGE.with_name("experiments.svg")
 SOURCE = "../manyheads"
 
 HEAD = """\
-<!-- Written by docs/generate.py from the files in manyheads/mechanisms and manyheads/cache/policies: edit those. -->
+<!-- Written by docs/generate.py from the files in manyheads/mechanisms, layers and cache/policies: edit those. -->
 
 # Mechanisms
 
-{mechanisms} mechanisms and {policies} cache policies. `manyheads show NAME` prints one with its equation, its laws and
-the engines that run it; `manyheads ls --json` has this page as data.
+{mechanisms} mechanisms, {layers} layers and {policies} cache policies. `manyheads show NAME` prints one with its
+equation, its laws and the engines that run it; `manyheads ls --json` has this page as data.
 
 - **form**: what kind of computation it is ([architecture](architecture.md)).
-- **settings**: keyword arguments with their defaults, which are the paper's.
+- **settings**: keyword arguments with their defaults, which are the paper's; sizes have none.
 - **system**: the published system that it comes from.
 - **needs training**: a model must be trained with it. The others stand in for softmax attention in a trained model.
 - **sees all**: not causal, every query sees every key. **sees future**: no later key is looked at, but which keys
@@ -41,9 +45,12 @@ def page() -> str:
     """The whole page."""
     mechanisms = sorted((get(name) for name in names()), key=lambda m: (m.family, m.name))
     recipes = [policies.get(name) for name in policies.names()]
-    parts = [HEAD.format(mechanisms=len(mechanisms), policies=len(recipes))]
+    modules = sorted((layers.get(name) for name in layers.names()), key=lambda m: (m.family, m.name))
+    parts = [HEAD.format(mechanisms=len(mechanisms), layers=len(modules), policies=len(recipes))]
     for family, members in groupby(mechanisms, key=lambda m: m.family):
         parts.append(_section(import_module(f"manyheads.mechanisms.{family}"), [_entry(m) for m in members]))
+    for family, members in groupby(modules, key=lambda m: m.family):
+        parts.append(_section(import_module(f"manyheads.layers.{family}"), [_layer_entry(m) for m in members]))
     about = "Cache policies: what stays in the cache of keys and values, for a budget in tokens or as a share."
     rows = [
         _line(r.name, f"{SOURCE}/cache/policies/{r.name}.py", r.summary, "", r.settings, r.arxiv, r.system, [])
@@ -78,33 +85,51 @@ def _entry(mechanism: Mechanism) -> str:
     )
 
 
+def _layer_entry(layer: Layer) -> str:
+    labels = [] if layer.causal else ["sees all"]
+    if layer.sees_future:
+        labels.append(f"sees future: {layer.sees_future}")
+    source = f"{SOURCE}/layers/{layer.family}/{layer.name}.py"
+    settings = {**dict.fromkeys(layer.required), **layer.settings}
+    return _line(layer.name, source, layer.summary, "", settings, layer.arxiv, layer.system, labels, layer.required)
+
+
 def _line(
     name: str, source: str, summary: str, form: str, settings: Mapping[str, Any], arxiv: str, system: str,
-    labels: Iterable[str],
+    labels: Iterable[str], sizes: Iterable[str] = (),
 ) -> str:  # fmt: skip
     what = summary + "".join(f" *{label[:1].upper() + label[1:]}.*" for label in labels)
     cells = [
         f"[`{name}`]({source})",
         what,
         form or "–",
-        ", ".join(f"`{key}={value!r}`" for key, value in settings.items()) or "–",
+        ", ".join(f"`{key}`" if key in sizes else f"`{key}={value!r}`" for key, value in settings.items()) or "–",
         f"[{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else "–",
         system or "–",
     ]
     return " | ".join(cell.replace("|", "\\|") for cell in cells)
 
 
+def files() -> dict[Path, str]:
+    """What each derived file should hold."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments are no part of the installed package
+    experiments = import_module("experiments.page")
+    rows = experiments.rows()
+    return {PAGE: page(), EXPERIMENTS: experiments.page(rows, PICTURE.name), PICTURE: experiments.picture(rows)}
+
+
 def main(arguments: list[str]) -> int:
-    fresh = page()
+    fresh = files()
     if arguments == ["--check"]:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == fresh:
-            return 0
-        print("docs/mechanisms.md is out of date: make docs", file=sys.stderr)
-        return 1
+        old = [path for path, text in fresh.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in old:
+            print(f"docs/{path.name} is out of date: make docs", file=sys.stderr)
+        return 1 if old else 0
     if arguments:
         print("docs/generate.py takes nothing, or --check", file=sys.stderr)
         return 2
-    PAGE.write_text(fresh, encoding="utf-8")
+    for path, text in fresh.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

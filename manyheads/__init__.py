@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from manyheads import layers
 from manyheads.core import merge
 from manyheads.dispatch import attention, explain
 from manyheads.mechanisms import get, names
 from manyheads.nn import Attention
 
 __version__ = "0.1.0"
-__all__ = ["Attention", "apply", "attention", "cache_bytes", "explain", "get", "merge", "names", "policies"]
+__all__ = ["Attention", "apply", "attention", "cache_bytes", "explain", "get", "layers", "merge", "names", "policies"]
 
 _LAZY = {
     "apply": "manyheads.integrations.transformers",

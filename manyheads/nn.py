@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.core.forms import Form, Operand
 from manyheads.core.names import unknown
 from manyheads.dispatch import ENGINES, attention
 from manyheads.mechanisms import get
+
+Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -77,28 +81,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
         """x [batch, len, dim]; present: bool [batch, len], False where a row is padding. Returns [batch, len, dim]."""
-        if x.ndim != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be a tensor [batch, len, {self.dim}], not {tuple(x.shape)}")
-        batch, length, _ = x.shape
-        if present is not None and (present.dtype != torch.bool or present.shape != x.shape[:2]):
-            given = f"{present.dtype} {tuple(present.shape)}"
-            raise ValueError(f"present must be a bool tensor {(batch, length)}, not {given}")
-        positions = None if present is None else torch.where(present, present.cumsum(1) - 1, -1)
-        if self.by_position:
-            q, k = self._from_positions(x, positions)
-        else:
-            at = torch.arange(length, device=x.device)[None] if positions is None else positions
-            q, k = self._split(self.q(x), self.heads), self._split(self.k(x), self.kv_heads)
-            if self.rope_theta is not None:
-                q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-        o = attention(
-            q, k, self._split(self.v(x), self.kv_heads), self.form, engine=self.engine,
+        return self.o(self.attend(x, present=present).transpose(1, 2).flatten(2))
+
+    def attend(self, x: Tensor, *, present: Tensor | None = None, change: Change | None = None) -> Tensor:
+        """What the heads give, [batch, heads, len, head_dim], before they are mixed. `change` maps (q, k, v) to others
+        of the same shapes, before positions rotate them."""
+        positions = positions_of(x, present, self.dim)
+        q, k = self._from_positions(x, positions) if self.by_position else self._from_content(x)
+        v = split(self.v(x), self.kv_heads)
+        if change is not None:
+            q, k, v = change(q, k, v)
+        if self.rope_theta is not None:
+            at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
+            q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
+        return attention(
+            q, k, v, self.form, engine=self.engine,
             q_positions=positions, kv_positions=positions, **{n: source(x) for n, source in self.operands.items()},
         )  # fmt: skip
-        return self.o(o.transpose(1, 2).reshape(batch, length, -1))
 
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+    def _from_content(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return split(self.q(x), self.heads), split(self.k(x), self.kv_heads)
 
     def _from_positions(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -108,7 +110,7 @@ class Attention(nn.Module):
             q, k = (p[:length].expand(batch, -1, -1) for p in (self.q_position, self.k_position))
         else:
             q, k = (p[positions.clamp(min=0)] for p in (self.q_position, self.k_position))
-        return self._split(q.to(x.dtype), self.heads), self._split(k.to(x.dtype), self.kv_heads)
+        return split(q.to(x.dtype), self.heads), split(k.to(x.dtype), self.kv_heads)
 
     def extra_repr(self) -> str:
         return f"{self.mechanism}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
@@ -142,6 +144,24 @@ class OperandSource(nn.Module):
         return self.operand.activation(raw.permute([have.index(n) for n in self.operand.names]))
 
 
+def positions_of(x: Tensor, present: Tensor | None, dim: int) -> Tensor | None:
+    """Where each token of x [batch, len, dim] stands in its own row, int64 [batch, len], with -1 for padding; None if
+    nothing is said of padding. Raises ValueError for another shape or dtype."""
+    if x.ndim != 3 or x.shape[2] != dim:
+        raise ValueError(f"x must be a tensor [batch, len, {dim}], not {tuple(x.shape)}")
+    if present is None:
+        return None
+    if present.dtype != torch.bool or present.shape != x.shape[:2]:
+        given = f"{present.dtype} {tuple(present.shape)}"
+        raise ValueError(f"present must be a bool tensor {tuple(x.shape[:2])}, not {given}")
+    return torch.where(present, present.cumsum(1) - 1, -1)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[batch, len, heads * head_dim] as [batch, heads, len, head_dim]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) on x [batch, heads, len, head_dim], halves as pairs."""
     half = x.shape[-1] // 2
@@ -150,3 +170,22 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def to_front(x: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """The tokens of x [batch, len, dim] at their positions in [batch, length, dim], zeros elsewhere: padding goes to
+    the end, for layers that count places. positions: as from `positions_of`. Raises ValueError for longer rows."""
+    if x.shape[1] > length and (positions is None or int(positions.max()) >= length):
+        raise ValueError(f"x has rows of more than {length} tokens, which is as long as this layer was made for")
+    if positions is None:
+        return F.pad(x, (0, 0, 0, length - x.shape[1]))
+    place = torch.where(positions < 0, length, positions)[..., None].expand_as(x)
+    return x.new_zeros(x.shape[0], length + 1, x.shape[2]).scatter(1, place, x)[:, :length]
+
+
+def from_front(y: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """The inverse of `to_front`, for x of this length; what is absent is 0."""
+    if positions is None:
+        return y[:, :length]
+    found = y.gather(1, positions.clamp(min=0)[..., None].expand(-1, -1, y.shape[2]))
+    return found.masked_fill((positions < 0)[..., None], 0.0)

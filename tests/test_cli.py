@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import manyheads
-from manyheads import cli
+from manyheads import cli, layers
 from manyheads.cache import policies
 from manyheads.evaluate import compare as job
 from tests.test_report import made
@@ -41,12 +41,14 @@ def test_version():
 def test_ls_json_lists_everything():
     rows = json.loads(call("ls", "--json").stdout)
     assert {r["name"] for r in rows if r["kind"] == "mechanism"} == set(manyheads.names())
+    assert {r["name"] for r in rows if r["kind"] == "layer"} == set(layers.names())
     assert {r["name"] for r in rows if r["kind"] == "policy"} == set(policies.names())
-    keys = {"name", "kind", "system", "family", "form", "engines", "labels", "arxiv", "summary", "settings"}
+    assert len({r["name"] for r in rows}) == len(rows), "a name means one thing"
+    keys = {"name", "kind", "system", "family", "form", "engines", "labels", "arxiv", "summary", "sizes", "settings"}
     for r in rows:
         assert set(r) == keys and r["summary"], r["name"]
         assert set(r["labels"]) == {"causal", "sees_future", "needs_training"}
-        assert "eager" in r["engines"] or r["kind"] == "policy", r["name"]
+        assert ("eager" in r["engines"]) == (r["kind"] == "mechanism"), r["name"]
 
 
 def test_ls_tells_engines_and_labels():
@@ -62,7 +64,7 @@ def test_ls_tells_engines_and_labels():
 def test_ls_prints_a_line_for_each():
     lines = call("ls").stdout.splitlines()
     first = [line.split()[0] for line in lines]
-    assert first == ["name", *manyheads.names(), *policies.names()]
+    assert first == ["name", *manyheads.names(), *layers.names(), *policies.names()]
     assert "needs training" in next(line for line in lines if line.startswith("lightning_attention_2"))
 
 
@@ -75,7 +77,7 @@ def test_ls_loads_nothing_that_it_does_not_need():
     assert out.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", [*manyheads.names(), *policies.names()])
+@pytest.mark.parametrize("name", [*manyheads.names(), *layers.names(), *policies.names()])
 def test_show(name):
     about = json.loads(call("show", name, "--json").stdout)
     assert about["name"] == name and "    " in about["text"], "the equation stands in the docstring"
@@ -92,6 +94,8 @@ def test_show_tells_laws_and_operands():
     text = call("show", "gemma2").stdout
     assert "gemma2(layer=1, cap=inf) equals causal" in text
     assert json.loads(call("show", "gemma2", "--json").stdout)["laws"], "inf is no JSON, but can be told"
+    assert "multi-head attention" in call("show", "moh").stdout.split("laws")[1]
+    assert 'manyheads.layers.get("moh")(dim=..., heads=..., shared=..., top_k=...)' in call("show", "moh").stdout
     assert "beta [batch heads len]" in call("show", "kimi_delta_attention").stdout
 
 

@@ -149,13 +149,22 @@ def check_engine(name, settings, engine, dtype, make_inputs):
 
 @cases(Scores, Selection, Function)
 def test_scale_multiplies_the_scores(name, settings, make_inputs):
-    """Half of the usual scale is what the equation has for four times the channels, three quarters of them zero."""
+    """The scale of four times the channels is what the equation has when three quarters of them are zero."""
     mechanism = get(name)
     form = mechanism(**settings)
     x = make_inputs(form, 9, 12, head_dim=4)
     q, k = (torch.nn.functional.pad(t, (0, 12)) for t in (x.q, x.k))
-    expected = mechanism.reference(q, k, x.v, **settings, **x.operands)
-    close(attention(*x.tensors, form, scale=0.25, **x.operands), expected)
+    wide = {
+        n: value if form.operands[n].per_token else widened(value, form.operands[n].names)
+        for n, value in x.operands.items()
+    }
+    expected = mechanism.reference(q, k, x.v, **settings, **wide)
+    close(attention(*x.tensors, form, scale=form.default_scale(16), **x.operands), expected)
+
+
+def widened(operand, names):
+    """A parameter with 12 more channels, zeros, wherever it has head_dim."""
+    return torch.nn.functional.pad(operand, [n for name in reversed(names) for n in (0, 12 * (name == "head_dim"))])
 
 
 @cases(Recurrence)
@@ -169,19 +178,16 @@ def test_scale_multiplies_what_is_read(name, settings, make_inputs):
 @pytest.mark.parametrize(("name", "law"), LAWS, ids=label)
 @pytest.mark.parametrize("shape", [(17, 17), (6, 17), (1, 1)], ids=str)
 def test_laws(name, law, shape, make_inputs):
+    """Operands that are parameters stand as a layer starts them."""
     form, other = get(name)(**law.settings), get(law.equals)(**law.other)
-    x = make_inputs(other, *shape, kv_heads=2)
-    close(attention(*x.tensors, form, engine="eager"), attention(*x.tensors, other, engine="eager"))
-
-
-def test_multi_token_attention_starts_as_causal_attention(make_inputs):
-    """Its law, which needs operands: as a layer initialises them."""
-    for settings in get("multi_token_attention").examples:
-        form = get("multi_token_attention")(**settings)
-        x = make_inputs(form, 9, kv_heads=2)
-        for operand_name, operand in form.operands.items():
+    x = make_inputs(form, *shape, kv_heads=2)
+    for operand_name, operand in form.operands.items():
+        if not operand.per_token:
             operand.init(x.operands[operand_name])
-        close(attention(*x.tensors, form, **x.operands), attention(*x.tensors, "causal"))
+            x.operands[operand_name] = operand.activation(x.operands[operand_name])
+    shared = {operand_name: x.operands[operand_name] for operand_name in other.operands}
+    one, two = attention(*x.tensors, form, engine="eager", **x.operands), attention(*x.tensors, other, **shared)
+    close(one, two, get(name))
 
 
 def test_power_attention_sees_what_the_paper_draws():
@@ -295,11 +301,17 @@ def test_grouped_heads_equal_repeated_heads(name, settings, make_inputs):
     form = get(name)(**settings)
     x = make_inputs(form, 13, 17, kv_heads=2, grad=True)
     repeated = [x.q, *(t.repeat_interleave(2, 1) for t in (x.k, x.v))]
+    operands = {
+        n: value.repeat_interleave(2, form.operands[n].names.index("kv_heads"))
+        if "kv_heads" in form.operands[n].names
+        else value
+        for n, value in x.operands.items()
+    }
     a = attention(*x.tensors, form, engine="eager", **x.operands)
-    b = attention(*repeated, form, engine="eager", **x.operands)
+    b = attention(*repeated, form, engine="eager", **operands)
     close(a, b)
     weight = torch.randn_like(a)
-    shared, several = (torch.autograd.grad(o, x.leaves, weight) for o in (a, b))
+    shared, several = (torch.autograd.grad(o, x.leaves, weight, materialize_grads=True) for o in (a, b))
     for left, right in zip(shared, several, strict=True):
         close(left, right)
 
@@ -348,12 +360,18 @@ def alone(operand, value, b, row):
     return value.narrow(dim, row.start, row.stop - row.start)
 
 
+def has_lse(form):
+    """Weights that nothing divides have none."""
+    return (form.scores if isinstance(form, Selection) else form).normaliser != "none"
+
+
 @cases(Scores)
 def test_split_and_merged_equals_whole(name, settings, make_inputs):
-    """Keys in three uneven parts, out of order, each known by its positions."""
+    """Keys in three uneven parts, out of order, each known by its positions. One part has the sink."""
     form = get(name)(**settings)
     x = make_inputs(form, 9, 20, kv_heads=2)
-    whole = attention(*x.tensors, form, engine="eager", return_lse=True, **x.operands)
+    asked = {"return_lse": True} if has_lse(form) else {}
+    whole = attention(*x.tensors, form, engine="eager", **asked, **x.operands)
     q_positions = torch.arange(11, 20)
     parts = []
     for keys in torch.randperm(20).split([1, 12, 7]):
@@ -361,12 +379,13 @@ def test_split_and_merged_equals_whole(name, settings, make_inputs):
             n: value.index_select(form.operands[n].names.index("len"), keys) if form.operands[n].per_token else value
             for n, value in x.operands.items()
         }
-        k, v = x.k[:, :, keys], x.v[:, :, keys]
-        parts.append(
-            attention(
-                x.q, k, v, form, engine="eager", q_positions=q_positions, kv_positions=keys, return_lse=True, **operands
-            )
-        )
+        if form.sink is not None and parts:
+            operands[form.sink] = torch.full_like(operands[form.sink], -torch.inf)
+        k, v, at = x.k[:, :, keys], x.v[:, :, keys], {"q_positions": q_positions, "kv_positions": keys}
+        parts.append(attention(x.q, k, v, form, engine="eager", **at, **asked, **operands))
+    if not has_lse(form):
+        close(sum(parts), whole)
+        return
     o, lse = merge(merge(parts[0], parts[1]), parts[2])
     close(o, whole[0])
     close(lse, whole[1])
@@ -377,9 +396,8 @@ def test_queries_without_a_key_give_zero(name, settings, make_inputs):
     """Seven queries, four keys that stand at the end: the first three see nothing, and pass nothing back."""
     form = get(name)(**settings)
     x = make_inputs(form, 7, 4, kv_heads=2, grad=True)
-    o, lse = attention(*x.tensors, form, engine="eager", return_lse=True, **x.operands)
-    assert o[:, :, :3].eq(0).all() and lse[:, :, :3].isneginf().all()
-    assert lse[:, :, 3:].isfinite().all()
+    o = attention(*x.tensors, form, engine="eager", **x.operands)
+    assert o[:, :, :3].eq(0).all()
     at = torch.arange(3, 7)
     q, k, v = x.q[:, :, 3:], x.k, x.v
     close(o[:, :, 3:], attention(q, k, v, form, engine="eager", q_positions=at, kv_positions=at, **x.operands))
@@ -387,7 +405,12 @@ def test_queries_without_a_key_give_zero(name, settings, make_inputs):
         o = attention(*x.tensors, form, engine=engine, **x.operands)
         grads = torch.autograd.grad(o.sum(), x.leaves)
         assert all(g.isfinite().all() for g in grads) and grads[0][:, :, :3].eq(0).all()
+    if not has_lse(form):
+        return
     lse = attention(*x.tensors, form, return_lse=True, **x.operands)[1]
+    seen_nothing = lse[:, :, :3]
+    assert seen_nothing.isneginf().all() if form.sink is None else seen_nothing.eq(x.operands[form.sink][:, None]).all()
+    assert lse[:, :, 3:].isfinite().all()
     grads = torch.autograd.grad(lse[:, :, 3:].sum(), x.leaves, allow_unused=True)
     assert all(g is None or g.isfinite().all() for g in grads)
 
@@ -503,6 +526,8 @@ def test_a_window_computes_its_window_only(make_inputs):
 @cases(Scores, Selection)
 def test_lse_is_differentiable(name, settings, make_inputs):
     form = get(name)(**settings)
+    if not has_lse(form):
+        pytest.skip("weights that nothing divides have no lse")
     x = make_inputs(form, 5, batch=1, heads=2, kv_heads=1, head_dim=3, v_head_dim=2, grad=True)
 
     def lse(q, k, *operands):
@@ -515,13 +540,18 @@ def test_lse_is_differentiable(name, settings, make_inputs):
 @cases(Scores)
 def test_lse_is_the_logarithm_of_the_sum(name, settings, make_inputs):
     form = get(name)(**settings)
+    if not has_lse(form):
+        pytest.skip("weights that nothing divides have no lse")
     x = make_inputs(form, 9, 12)
     b, h = torch.arange(2)[:, None, None, None], torch.arange(4)[None, :, None, None]
     i, j = torch.arange(3, 12)[None, None, :, None], torch.arange(12)
-    s = form.program.score(x.q @ x.k.mT * 6**-0.5, b, h, i, j, **x.operands)
+    s = form.program.score(x.q @ x.k.mT * form.default_scale(6), b, h, i, j, **x.operands)
     s = s.abs() if form.normaliser == "signed" else s
     mask = form.program.mask(b, h, i, j)
-    expected = s.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    s = s.masked_fill(~mask, -torch.inf)
+    if form.sink is not None:
+        s = torch.cat([s, x.operands[form.sink][:, None, None].expand(*s.shape[:-1], 1)], -1)
+    expected = s.logsumexp(-1)
     close(attention(*x.tensors, form, return_lse=True, **x.operands)[1], expected)
 
 
@@ -555,9 +585,13 @@ def test_equal_settings_give_the_same_form(name):
 
 @pytest.mark.parametrize("name", names())
 def test_reference_takes_the_settings_and_operands(name):
+    """An operand that only some settings have is None by default."""
     mechanism = get(name)
     taken = inspect.signature(mechanism.reference).parameters
-    expected = {**mechanism.settings, **dict.fromkeys(mechanism().operands, inspect.Parameter.empty)}
+    forms = [mechanism(**settings) for settings in ({}, *mechanism.examples)]
+    operands = {operand: None for form in forms for operand in form.operands}
+    always = {operand: inspect.Parameter.empty for operand in operands if all(operand in f.operands for f in forms)}
+    expected = {**mechanism.settings, **operands, **always}
     assert {n: p.default for n, p in taken.items() if n not in ("q", "k", "v")} == expected
 
 

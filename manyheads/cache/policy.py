@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from manyheads.core.names import unknown
+from manyheads.core.published import Published
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,37 +48,13 @@ class Policy:
     name: str = "this policy"
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """One published policy. Call it with settings for a Policy.
-
-    system: the catalogue's name of the published system, or "" for one that stands beside it.
-    """
-
-    name: str
-    factory: Callable[..., Policy]
-    arxiv: str
-    system: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings and their defaults."""
-        return {name: p.default for name, p in inspect.signature(self.factory).parameters.items()}
-
-    @property
-    def text(self) -> str:
-        """The file's docstring: one sentence, the equation, the citation."""
-        return inspect.cleandoc(inspect.getmodule(self.factory).__doc__ or "")
-
-    @property
-    def summary(self) -> str:
-        return self.text.split("\n\n")[0].replace("\n", " ")
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recipe(Published):
+    """One published policy. Call it with settings for a Policy."""
 
     def __call__(self, **settings: Any) -> Policy:
         """Raises TypeError for an unknown setting, ValueError for a value that does not fit."""
-        for name in settings:
-            if name not in self.settings:
-                raise TypeError(unknown(f"setting of {self.name}", name, self.settings))
+        self.check_names(settings)
         return self.factory(**settings)
 
 

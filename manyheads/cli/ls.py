@@ -11,12 +11,13 @@ from manyheads.cli.printing import AsJson, bold, make_console, make_table, print
 if TYPE_CHECKING:
     from manyheads.cache.policy import Recipe
     from manyheads.core.forms import Form
+    from manyheads.core.layer import Layer
     from manyheads.core.mechanism import Mechanism
 
 
 def ls(as_json: AsJson = False) -> None:
-    """List the mechanisms and the cache policies."""
-    rows = [_mechanism_row(m) for m in _mechanisms()] + [_policy_row(p) for p in _policies()]
+    """List the mechanisms, the layers and the cache policies."""
+    rows = [_row(found) for found in _everything()]
     if as_json:
         print_json(rows)
         return
@@ -26,7 +27,8 @@ def ls(as_json: AsJson = False) -> None:
     for row in rows:
         labels = row["labels"]
         words = [
-            *(["policy"] if row["kind"] == "policy" else ["causal"] if labels["causal"] else ["sees all"]),
+            *([row["kind"]] if row["kind"] != "mechanism" else []),
+            *([] if row["kind"] == "policy" else ["causal"] if labels["causal"] else ["sees all"]),
             *(["sees future"] if labels["sees_future"] else []),
             *(["needs training"] if labels["needs_training"] else []),
         ]
@@ -37,13 +39,15 @@ def ls(as_json: AsJson = False) -> None:
     console.print(table)
 
 
-def show(name: Annotated[str, typer.Argument(help="A mechanism or a cache policy.")], as_json: AsJson = False) -> None:
-    """Show one mechanism or cache policy: equation, citation, settings, laws, engines."""
-    found = {m.name: m for m in [*_mechanisms(), *_policies()]}
+def show(
+    name: Annotated[str, typer.Argument(help="A mechanism, a layer or a cache policy.")], as_json: AsJson = False
+) -> None:
+    """Show one mechanism, layer or cache policy: equation, citation, settings, laws, engines."""
+    found = {one.name: one for one in _everything()}
     if name not in found:
         from manyheads.core.names import unknown
 
-        raise ValueError(unknown("mechanism or cache policy", name, found))
+        raise ValueError(unknown("mechanism, layer or cache policy", name, found))
     about = _about(found[name])
     if as_json:
         print_json(about)
@@ -57,16 +61,20 @@ def show(name: Annotated[str, typer.Argument(help="A mechanism or a cache policy
     console.print(table)
 
 
-def _mechanisms() -> list[Mechanism]:
-    from manyheads.mechanisms import get, names
-
-    return [get(name) for name in names()]
-
-
-def _policies() -> list[Recipe]:
+def _everything() -> list[Mechanism | Layer | Recipe]:
+    from manyheads import layers, mechanisms
     from manyheads.cache import policies
 
-    return [policies.get(name) for name in policies.names()]
+    return [part.get(name) for part in (mechanisms, layers, policies) for name in part.names()]
+
+
+def _row(found: Mechanism | Layer | Recipe) -> dict[str, Any]:
+    from manyheads.core.layer import Layer
+    from manyheads.core.mechanism import Mechanism
+
+    if isinstance(found, Mechanism):
+        return _mechanism_row(found)
+    return _layer_row(found) if isinstance(found, Layer) else _policy_row(found)
 
 
 def _mechanism_row(mechanism: Mechanism) -> dict[str, Any]:
@@ -85,7 +93,24 @@ def _mechanism_row(mechanism: Mechanism) -> dict[str, Any]:
         },
         "arxiv": mechanism.arxiv,
         "summary": mechanism.summary,
+        "sizes": mechanism.required,
         "settings": mechanism.settings,
+    }
+
+
+def _layer_row(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": "layer",
+        "system": layer.system,
+        "family": layer.family,
+        "form": "Module",
+        "engines": [],
+        "labels": {"causal": layer.causal, "sees_future": layer.sees_future, "needs_training": True},
+        "arxiv": layer.arxiv,
+        "summary": layer.summary,
+        "sizes": layer.required,
+        "settings": layer.settings,
     }
 
 
@@ -100,41 +125,47 @@ def _policy_row(recipe: Recipe) -> dict[str, Any]:
         "labels": {"causal": True, "sees_future": "", "needs_training": False},
         "arxiv": recipe.arxiv,
         "summary": recipe.summary,
+        "sizes": recipe.required,
         "settings": recipe.settings,
     }
 
 
-def _about(found: Mechanism | Recipe) -> dict[str, Any]:
+def _about(found: Mechanism | Layer | Recipe) -> dict[str, Any]:
     """A row of `ls` with all that is known besides."""
+    from manyheads.core.layer import Layer
     from manyheads.core.mechanism import Mechanism
 
-    if not isinstance(found, Mechanism):
-        return {**_policy_row(found), "text": found.text, "operands": {}, "laws": [], "reasons": {}}
-    form = found(**found.examples[0])
-    return {
-        **_mechanism_row(found),
-        "text": found.text,
-        "operands": {name: operand.dims for name, operand in form.operands.items()},
-        "laws": [f"{_call(found.name, law.settings)} equals {_call(law.equals, law.other)}" for law in found.laws],
-        "reasons": _engines(form),
-    }
+    about = {**_row(found), "text": found.text, "operands": {}, "laws": [], "reasons": {}}
+    if isinstance(found, Layer):
+        about["laws"] = [" ".join((law.__doc__ or "").split()) for law in found.laws]
+    if isinstance(found, Mechanism):
+        form = found(**found.examples[0])
+        about["operands"] = {name: operand.dims for name, operand in form.operands.items()}
+        about["laws"] = [
+            f"{_call(found.name, law.settings)} equals {_call(law.equals, law.other)}" for law in found.laws
+        ]
+        about["reasons"] = _engines(form)
+    return about
 
 
 def _facts(about: dict[str, Any]) -> dict[str, list[str]]:
     """What `show` prints below the docstring, in words."""
-    labels, policy = about["labels"], about["kind"] == "policy"
-    facts = {"settings": [f"{name} = {value!r}" for name, value in about["settings"].items()]}
-    if policy:
+    labels, kind = about["labels"], about["kind"]
+    facts = {"settings": [*about["sizes"], *(f"{name} = {value!r}" for name, value in about["settings"].items())]}
+    if kind == "policy":
         facts["use"] = [f'manyheads.apply(model, cache="{about["name"]}", budget=512)']
     else:
-        facts["operands"] = [f"{name} [{dims}]" for name, dims in about["operands"].items()]
+        if kind == "mechanism":
+            facts["operands"] = [f"{name} [{dims}]" for name, dims in about["operands"].items()]
+            facts["engines"] = [f"{name}: {why or 'runs it'}" for name, why in about["reasons"].items()]
         facts["laws"] = about["laws"]
-        facts["engines"] = [f"{name}: {why or 'runs it'}" for name, why in about["reasons"].items()]
         facts["causal"] = ["yes" if labels["causal"] else "no, every query sees every key"]
         if labels["sees_future"]:
             facts["sees future"] = [labels["sees_future"]]
         facts["training"] = ["needed: a model must be trained with it" if labels["needs_training"] else "not needed"]
         use = f'manyheads.attention(q, k, v, "{about["name"]}")'
+        if kind == "layer":
+            use = f'manyheads.layers.get("{about["name"]}")({", ".join(f"{size}=..." for size in about["sizes"])})'
         facts["use"] = [use if labels["needs_training"] else f'manyheads.apply(model, "{about["name"]}") or {use}']
     facts["system"] = [about["system"] or "–"]
     facts["paper"] = [f"arXiv:{about['arxiv']}" if about["arxiv"] else "–"]

@@ -5,28 +5,16 @@ A file `<family>/<name>.py` holds a function of the same name under `@mechanism(
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
 
 from manyheads.core.mechanism import Mechanism
 from manyheads.core.names import UnknownName, unknown
+from manyheads.core.published import find
 
 
 @cache
 def _found() -> dict[str, Mechanism]:
-    found: dict[str, Mechanism] = {}
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        if module.ispkg:
-            continue
-        name = module.name.rpartition(".")[2]
-        mechanism = getattr(import_module(module.name), name, None)
-        if not isinstance(mechanism, Mechanism):
-            raise TypeError(f"{module.name} must define {name}, a function under @mechanism(...)")
-        if name in found:
-            raise TypeError(f"{name} is defined twice, in {found[name].family} and in {mechanism.family}")
-        found[name] = mechanism
-    return found
+    return find(__name__, __path__, Mechanism, "a function under @mechanism(...)")
 
 
 def names() -> tuple[str, ...]:

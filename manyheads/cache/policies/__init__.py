@@ -5,23 +5,16 @@ A file `<name>.py` holds a function of the same name under `@policy(...)`. There
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
 
 from manyheads.cache.policy import Recipe
 from manyheads.core.names import UnknownName, unknown
+from manyheads.core.published import find
 
 
 @cache
 def _found() -> dict[str, Recipe]:
-    found: dict[str, Recipe] = {}
-    for module in pkgutil.iter_modules(__path__):
-        recipe = getattr(import_module(f"{__name__}.{module.name}"), module.name, None)
-        if not isinstance(recipe, Recipe):
-            raise TypeError(f"{__name__}.{module.name} must define {module.name}, a function under @policy(...)")
-        found[module.name] = recipe
-    return found
+    return find(__name__, __path__, Recipe, "a function under @policy(...)")
 
 
 def names() -> tuple[str, ...]:

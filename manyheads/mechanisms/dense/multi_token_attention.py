@@ -17,7 +17,7 @@ Golovneva, Wang, Weston, Sukhbaatar. "Multi-Token Attention." 2025. arXiv:2504.0
 import torch
 import torch.nn.functional as F
 
-from manyheads.core import Function, Operand, mechanism
+from manyheads.core import Function, Law, Operand, mechanism
 
 
 def reference(q, k, v, *, kernel, mix, c_q=6, c_k=11, c_h=None):
@@ -43,6 +43,7 @@ def reference(q, k, v, *, kernel, mix, c_q=6, c_k=11, c_h=None):
     arxiv="2504.00927",
     system="multi-token-attention",
     examples=({"c_q": 3, "c_k": 5}, {"c_q": 2, "c_k": 4, "c_h": 2}),
+    laws=(Law({"c_q": 3, "c_k": 5}, "causal"), Law({"c_q": 2, "c_k": 4, "c_h": 2}, "causal")),
     trained=True,
 )
 def multi_token_attention(c_q: int = 6, c_k: int = 11, c_h: int | None = None) -> Function:

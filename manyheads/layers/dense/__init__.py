@@ -1,0 +1,1 @@
+"""Layers in which every token scores every other that it may see."""
