@@ -71,6 +71,7 @@ def flash3(name: str, case: Case, shape: Shape) -> Run | None:
 
     size = (WINDOW - 1, 0) if name == "window" else (-1, -1)
 
+    @torch.no_grad()
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=name != "full", window_size=size)
         return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)

@@ -54,7 +54,7 @@ class QueriesTiling(NamedTuple):
 KEYS_TILINGS = {
     (64, False): KeysTiling(128, 3, 2, late=False),
     (64, True): KeysTiling(64, 4, 3),
-    (128, False): KeysTiling(64, 4, 2, late=False),
+    (128, False): KeysTiling(64, 4, 2),
     (128, True): KeysTiling(64, 4, 2, late=False),
     (256, False): KeysTiling(32, 2, 2, late=False, apart=True),
     (256, True): KeysTiling(32, 2, 2, late=False, apart=True),
