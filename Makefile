@@ -14,11 +14,11 @@ CPU := $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 # GPU that came or went sets up anew; a checkout that only touched the dates does not.
 STAMP := .venv/.ready-$(firstword $(shell { cat pyproject.toml constraints-cpu.txt Makefile; echo '$(CURDIR) $(CPU)'; } | cksum))
 
-.PHONY: help compare test bench check docs clean
+.PHONY: help compare test bench experiments check docs clean
 .DEFAULT_GOAL := help
 
 help:     ## show this list
-	@awk -F ' *## ' '/^[a-z]+:.*## / { sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ' *## ' '/^[a-z]+:.*## / { sub(/:.*/, "", $$1); printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 compare: $(STAMP)  ## run a real model with many mechanisms and draw speed, memory and quality (ARGS="book.txt ...")
 	@$(BIN)/manyheads compare $(ARGS)
@@ -29,6 +29,9 @@ test: $(STAMP)  ## run the tests (ARGS="-k window")
 
 bench: $(STAMP)  ## time the attention kernels beside their peers on this machine's GPU (ARGS="--lengths 4096")
 	@$(BIN)/python benchmarks/attention.py --results benchmarks/results/attention.jsonl $(ARGS)
+
+experiments: $(STAMP)  ## train the small models behind docs/experiments.md (ARGS="rank --device cuda --workers 14")
+	@$(BIN)/python -m experiments.run $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@echo "ruff check";  $(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py                               with the Triton that is installed
     python benchmarks/compiled.py --tritons 3.7.1 3.8.0 3.9.0   and with these, side by side (pip fetches them)
+    python benchmarks/compiled.py --only plain                  the plain kernels alone
 
 Hopper's kernels for sm_90a: registers, bytes of shared memory, spilled words, matrix instructions of the right kind
 (HGMMA). The plain ones for Hopper, Blackwell (sm_100) and an AMD MI300 (gfx942): that they compile.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,25 +129,75 @@ def read(kernel: Any) -> Found:
     return Found(int(found[1]), kernel.metadata.shared, count["STL"], count["HGMMA"])
 
 
+# ---- the plain kernels ----
+
+
+def plain_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from triton.backends.compiler import GPUTarget
+
+    targets = {
+        "Hopper": GPUTarget("cuda", 90, 32), "Blackwell": GPUTarget("cuda", 100, 32),
+        "MI300": GPUTarget("hip", "gfx942", 64),
+    }  # fmt: skip
+    for chip, target in targets.items():
+        for name in SCORES:
+            for kernel in ("forward", "keys", "queries"):
+                yield f"{kernel} {name} {chip}", partial(plain, kernel, form_of(name), 128, target)
+
+
+def plain(kernel: str, form: Any, head_dim: int, target: Any) -> Any:
+    """With the tiles of chips that have none of their own."""
+    import torch
+    from triton import compile
+    from triton.compiler import ASTSource
+
+    from manyheads.engines.triton import backward, call, forward
+
+    line, sizes = range(400), (1, 2, 2, 400, 400, head_dim, head_dim)
+    of = call.Call(form.program, {}, "softmax", None, 0.1, line, line, *sizes, torch.device("cpu"), 2)
+    block = of.block(kernel)
+    function = getattr(forward if kernel == "forward" else backward, kernel)
+    functions = ("mask", "score") if kernel == "forward" else ("mask", "score", "dscore")
+    source = form.program.source("triton", functions if form.program.has_score else ("mask",))
+    entry = source.entry(f"{function.fn.__module__}:{kernel}", call.parameters(function), functions, call.FIXED)
+    constants = {
+        "NORMALISER": "softmax", "FOLDED": not form.program.has_score, "Q_GIVEN": False, "KV_GIVEN": False,
+        "D": head_dim, "DV": head_dim, "PD": head_dim, "PV": head_dim, "BM": block.queries, "BN": block.keys,
+        "SIMULATED": False, "group": 1, "SINK": None, "UNIT": 1,
+    }  # fmt: skip
+    numbers = {"pointer": "*fp32", "fp32": "fp32", "inverse": "fp32", "i64": "i64"}
+    types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
+    types |= dict.fromkeys(("LSE", "DELTA"), "*fp32") | dict.fromkeys(("COUNTS", "LISTS"), "*i32")
+    types |= dict.fromkeys(("Q_AT", "KV_AT"), "*i64") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {n: types.get(n, "*bf16" if n.isupper() or n == "DV_" else "i32") for n in entry.arg_names}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(entry.arg_names) if signature[n][0] == "*"}
+    used = {name: value for name, value in constants.items() if name in entry.arg_names}
+    options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
+    return compile(ASTSource(entry, signature, used, aligned), target=target, options=options)
+
+
 # ---- one Triton, or several side by side ----
 
 
-def check() -> dict[str, Any]:
-    """By kernel: what it takes, or why it does not compile."""
+def check(only: str) -> dict[str, Any]:
+    """By kernel: what it takes, or why it does not compile. Of plain ones the shared memory."""
     import triton
 
     rows: dict[str, Any] = {"triton": triton.__version__}
-    for name, make in hopper_kernels():
+    hopper = [] if only == "plain" else list(hopper_kernels())
+    for name, make in [*hopper, *([] if only == "hopper" else plain_kernels())]:
         start = time.perf_counter()
         try:
-            rows[name] = [*read(make()), round(time.perf_counter() - start, 1)]
+            kernel = make()
+            found = read(kernel) if (name, make) in hopper else [kernel.metadata.shared]
+            rows[name] = [*found, round(time.perf_counter() - start, 1)]
         except Exception as error:
             rows[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         print(f"{name:24} {rows[name]}", file=sys.stderr, flush=True)
     return rows
 
 
-def another(version: str, folder: Path) -> dict[str, Any]:
+def another(version: str, folder: Path, only: str) -> dict[str, Any]:
     """The same with another Triton, in a process of its own."""
     place = folder / version
     if not place.is_dir():
@@ -163,8 +215,9 @@ def another(version: str, folder: Path) -> dict[str, Any]:
         subprocess.run(command, check=True)
     paths = f"{place}{os.pathsep}{ROOT}"
     done = subprocess.run(
-        [sys.executable, __file__, "--json"], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, __file__, "--json", "--only", only], env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     return json.loads(done.stdout) if done.returncode == 0 else {"triton": version, "failed": done.returncode}
 
 
@@ -172,14 +225,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tritons", nargs="*", default=[], help="versions to check beside the one that is installed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tritons", help="where they go")
+    parser.add_argument("--only", choices=("hopper", "plain", "all"), default="all", help="which kernels")
     parser.add_argument("--json", action="store_true", help="print nothing but the rows of the installed one")
     given = parser.parse_args()
-    found = check()
+    found = check(given.only)
     if given.json:
         print(json.dumps(found))
         return 0
-    every = [found, *(another(version, given.folder) for version in given.tritons)]
-    print("registers, bytes of shared memory, spilled words, HGMMA; seconds")
+    every = [found, *(another(version, given.folder, given.only) for version in given.tritons)]
+    print("registers, bytes of shared memory, spilled words, HGMMA, seconds; of plain kernels bytes and seconds")
     print(f"{'kernel':24}" + "".join(f"{rows['triton']:>34}" for rows in every))
     for name in found:
         if name != "triton":

@@ -1,5 +1,5 @@
-"""Write docs/mechanisms.md, the index of the mechanisms, layers and cache policies, from what they say of themselves,
-and docs/experiments.md with its picture, from experiments/results.
+"""Write docs/mechanisms.md, the index of mechanisms, layers, cache policies and studies, from what they say of
+themselves, and docs/experiments.md with its picture, from experiments/results.
 
 python docs/generate.py            writes them
 python docs/generate.py --check    exits with 1 if one is out of date
@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from manyheads import layers
+from manyheads import layers, studies
 from manyheads.cache import policies
 from manyheads.core import Mechanism
 from manyheads.core.layer import Layer
@@ -25,7 +25,7 @@ EXPERIMENTS, PICTURE = PAGE.with_name("experiments.md"), PAGE.with_name("experim
 SOURCE = "../manyheads"
 
 HEAD = """\
-<!-- Written by docs/generate.py from the files in manyheads/mechanisms, layers and cache/policies: edit those. -->
+<!-- Written by docs/generate.py from manyheads/mechanisms, layers, cache/policies and studies: edit those. -->
 
 # Mechanisms
 
@@ -55,6 +55,12 @@ def page() -> str:
     rows = [
         _line(r.name, f"{SOURCE}/cache/policies/{r.name}.py", r.summary, "", r.settings, r.arxiv, r.system, [])
         for r in recipes
+    ]
+    parts.append(_table(about, rows))
+    about = "Studies: published claims that can be calculated or measured, by `python -m manyheads.studies.NAME`."
+    found = [studies.get(name) for name in studies.names()]
+    rows = [
+        _line(s.name, f"{SOURCE}/studies/{s.name}.py", s.summary, "", s.settings, s.arxiv, s.system, []) for s in found
     ]
     parts.append(_table(about, rows))
     return "\n".join(parts)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import pkgutil
 import sys
 import time
 from functools import cache
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,10 @@ QUICK = 3  # steps
 
 @cache
 def experiments() -> dict[str, Experiment]:
-    """All experiments, by name."""
-    from experiments.tiny_lm import TINY_LM
-    from experiments.toys import TOYS
-
-    return {e.name: e for e in (TINY_LM, *TOYS)}
+    """All experiments, by name: what the files beside and below this one call EXPERIMENT, in the files' order."""
+    files = pkgutil.walk_packages([str(Path(__file__).parent)], "experiments.")
+    modules = [import_module(file.name) for file in files]
+    return {m.EXPERIMENT.name: m.EXPERIMENT for m in modules if hasattr(m, "EXPERIMENT")}
 
 
 def jobs(chosen: list[Experiment], seeds: int) -> list[Job]:

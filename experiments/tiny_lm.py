@@ -249,7 +249,7 @@ CLAIMS = (
           at_most("minimal_attention", "causal, no rotary", plus=0.02)),
 )  # fmt: skip
 
-TINY_LM = Experiment(
+EXPERIMENT = Experiment(
     name="tiny_lm",
     about=f"Language model over bytes: {BLOCKS} blocks of width {DIM}, {LENGTH} bytes of context, trained on "
     f"{BATCH * LENGTH} bytes a step of Python's and torch's documentation; loss in nats a byte on text held out.",

@@ -1,8 +1,8 @@
 """Runs Gluon kernels for Hopper in numpy: each warp group is a thread, barriers block, and what is read too early or
 freed too soon shows.
 
-A copy lands the moment it is issued, a matrix product reads its operands as late as the kernel allows: only when the
-kernel waits for it. Shared memory starts as NaN. Layouts, registers and speed are not emulated.
+A copy into shared memory lands the moment it is issued; a matrix product, and a copy out of it, read as late as the
+kernel allows: only when it waits for them. Shared memory starts as NaN. Layouts, registers and speed are not emulated.
 """
 
 from __future__ import annotations
@@ -137,8 +137,11 @@ class mbarrier:
 
 class Descriptor:
     def __init__(self, given: Any):
-        base = given.base
+        base = given.base.detach()
         self.tensor = base.as_strided(list(given.shape), list(given.strides), base.storage_offset())
+        size, (*steps, last) = base.element_size(), given.strides
+        fits = last == 1 and all(step > 0 and step * size % 16 == 0 for step in steps) and base.data_ptr() % 16 == 0
+        assert fits, f"the hardware takes no strides {list(given.strides)} from address {base.data_ptr()} on"
         self.block_shape, self.layout, self.dtype = given.block_shape, None, str(base.dtype).removeprefix("torch.")
 
     def box(self, at: Any) -> tuple[torch.Tensor, tuple[slice, ...]]:
@@ -162,12 +165,16 @@ def tma_load(source: Descriptor, at: Any, barrier: Barrier, target: Shared) -> N
 
 
 def tma_store(target: Descriptor, at: Any, source: Shared) -> None:
-    part, inside = target.box(at)
-    part.copy_(torch.from_numpy(np.ascontiguousarray(source.values[inside])))
+    _local.stores.append((target, at, source))
 
 
 def tma_store_wait(pending: int) -> None:
-    pass
+    """Shared memory is read as late as the kernel allows."""
+    time.sleep(PAUSE)
+    while len(_local.stores) > pending:
+        target, at, source = _local.stores.pop(0)
+        part, inside = target.box(at)
+        part.copy_(torch.from_numpy(np.ascontiguousarray(source.values[inside])))
 
 
 def fence_async_shared() -> None:
@@ -213,7 +220,7 @@ class Pointer:
     @staticmethod
     def to_tensor(x: torch.Tensor) -> Pointer:
         size = x.untyped_storage().nbytes() // x.element_size()
-        flat = x.as_strided((size,), (1,), 0)
+        flat = x.detach().as_strided((size,), (1,), 0)
         return Pointer(
             (flat.float() if x.dtype in (torch.bfloat16, torch.float16) else flat).numpy(), x.storage_offset()
         )
@@ -262,11 +269,12 @@ def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:
     errors = []
 
     def work(function: Any, args: Any) -> None:
-        _local.queue = []
+        _local.queue, _local.stores = [], []
         try:
             with np.errstate(all="ignore"):
                 function(*args)
             assert not _local.queue, "a matrix product is never waited for"
+            assert not _local.stores, "a copy out of shared memory is never waited for"
         except BaseException as error:
             errors.append(error)
 

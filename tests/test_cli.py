@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import manyheads
-from manyheads import cli, layers
+from manyheads import cli, layers, studies
 from manyheads.cache import policies
 from manyheads.evaluate import compare as job
 from tests.test_report import made
@@ -43,6 +43,7 @@ def test_ls_json_lists_everything():
     assert {r["name"] for r in rows if r["kind"] == "mechanism"} == set(manyheads.names())
     assert {r["name"] for r in rows if r["kind"] == "layer"} == set(layers.names())
     assert {r["name"] for r in rows if r["kind"] == "policy"} == set(policies.names())
+    assert {r["name"] for r in rows if r["kind"] == "study"} == set(studies.names())
     assert len({r["name"] for r in rows}) == len(rows), "a name means one thing"
     keys = {"name", "kind", "system", "family", "form", "engines", "labels", "arxiv", "summary", "sizes", "settings"}
     for r in rows:
@@ -64,7 +65,7 @@ def test_ls_tells_engines_and_labels():
 def test_ls_prints_a_line_for_each():
     lines = call("ls").stdout.splitlines()
     first = [line.split()[0] for line in lines]
-    assert first == ["name", *manyheads.names(), *layers.names(), *policies.names()]
+    assert first == ["name", *manyheads.names(), *layers.names(), *policies.names(), *studies.names()]
     assert "needs training" in next(line for line in lines if line.startswith("lightning_attention_2"))
 
 
@@ -77,7 +78,7 @@ def test_ls_loads_nothing_that_it_does_not_need():
     assert out.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", [*manyheads.names(), *layers.names(), *policies.names()])
+@pytest.mark.parametrize("name", [*manyheads.names(), *layers.names(), *policies.names(), *studies.names()])
 def test_show(name):
     about = json.loads(call("show", name, "--json").stdout)
     assert about["name"] == name and "    " in about["text"], "the equation stands in the docstring"

@@ -261,7 +261,7 @@ def test_explain_says_who_runs_it_and_why_others_do_not():
     recurrent = explain(Q, K, V, "kimi_delta_attention", g=G, beta=BETA)
     assert recurrent.engine == "eager"
     assert recurrent.objections == {
-        "triton": "the Triton kernels compute Scores, not a Recurrence",
+        "triton": "the Triton kernels compute Scores and Selections, not a Recurrence",
         "sdpa": "scaled_dot_product_attention has no Recurrence",
         "flex": "FlexAttention has no Recurrence",
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads import layers
+from manyheads import layers, studies
 from manyheads.cache import policies
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +30,9 @@ def test_the_index_of_mechanisms_is_up_to_date():
     assert (ROOT / "docs" / "mechanisms.md").read_text(encoding="utf-8") == generator().page(), "make docs"
 
 
-def test_the_index_has_every_mechanism_layer_and_policy():
+def test_the_index_has_every_mechanism_layer_policy_and_study():
     listed = re.findall(r"^\| \[`(\w+)`\]", generator().page(), re.M)
-    assert sorted(listed) == sorted([*manyheads.names(), *layers.names(), *policies.names()])
+    assert sorted(listed) == sorted([*manyheads.names(), *layers.names(), *policies.names(), *studies.names()])
 
 
 def test_an_index_out_of_date_is_noticed(tmp_path, monkeypatch):

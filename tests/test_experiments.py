@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -11,10 +12,17 @@ pytest.importorskip("pydoc_data.topics", reason="the text to train on")
 
 from experiments import core, jobs, page, run, tiny_lm, toys
 from experiments.core import Claim, Experiment, above, below, lower
+from experiments.toys import filtering, find_block, match_three, rank, recall, relations, supporting_facts
+from experiments.toys.common import squares
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_file_has_the_experiment_of_its_name():
+    files = {path.stem for path in Path(toys.__file__).parent.glob("*.py")} - {"__init__", "common"}
+    assert set(run.experiments()) == {"tiny_lm", *files}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def quick(tmp_path_factory):
 
 def test_each_variant_gets_a_row(quick):
     rows = rows_of(quick)
-    assert sorted(row["variant"] for row in rows) == sorted(toys.TOYS[1].variants)
+    assert sorted(row["variant"] for row in rows) == sorted(rank.EXPERIMENT.variants)
     assert all(row["kl"] > 0 and row["steps"] == run.QUICK and row["device"].startswith("CPU") for row in rows)
 
 
@@ -100,7 +108,7 @@ def test_a_language_model_learns_and_data_come_in_the_same_order():
     assert len(train) + len(validation) > 900_000 and 0.08 < len(validation) / len(train) < 0.13
 
 
-@pytest.mark.parametrize("experiment", toys.TOYS, ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", run.experiments().values(), ids=lambda e: e.name)
 def test_claims_name_variants_and_metrics_that_exist(experiment):
     class Row(dict):
         def __missing__(self, key):
@@ -111,29 +119,23 @@ def test_claims_name_variants_and_metrics_that_exist(experiment):
         claim.verdict({variant: {0: Row()} for variant in experiment.variants})
 
 
-def test_claims_of_the_language_models_name_variants_that_exist():
-    numbers = {variant: {0: {"loss": 2.0}} for variant in tiny_lm.variants()}
-    for claim in tiny_lm.CLAIMS:
-        claim.verdict(numbers)
-
-
 def test_tasks_have_right_answers():
     torch.manual_seed(0)
-    tokens, wanted = toys.facts(50)
+    tokens, wanted = supporting_facts.facts(50)
     start, end, asked = tokens.split((10, 10, 1), 1)
     for row in range(50):
         step = dict(zip(start[row].tolist(), end[row].tolist(), strict=True))
         assert step[step[asked[row].item()]] == wanted[row] != asked[row]
-    tokens, block = toys.blocks(50)
+    tokens, block = find_block.blocks(50)
     for text, answer in zip(tokens, block, strict=True):
         parts = text[:60].view(10, 6)[:, :5]
         assert any(torch.equal(part, answer) for part in parts) and set(text[61:63].tolist()) <= set(answer.tolist())
-    x, y = toys.threes(500)
+    x, y = match_three.threes(500)
     angle = torch.atan2(x[..., 16], x[..., 0])
     sums = angle[:, :, None, None] + angle[:, None, :, None] + angle[:, None, None]
     assert torch.equal(y.bool(), (sums.cos() > 0.999).flatten(2).any(-1))
     assert y.float().mean() == pytest.approx(0.68, abs=0.04)
-    tokens, wanted = toys.pairs(20)
+    tokens, wanted = recall.pairs(20)
     for text, answer in zip(tokens.tolist(), wanted.tolist(), strict=True):
         table = dict(zip(text[:16:2], text[1:16:2], strict=True))
         assert [table[key] - 16 for key in text[48::2]] == answer
@@ -141,13 +143,13 @@ def test_tasks_have_right_answers():
 
 def test_the_kalman_filter_is_the_best_linear_filter():
     torch.manual_seed(0)
-    seen, true = toys.system(4000)
-    best = toys.squares(toys.Kalman()(seen), true).mean()
+    seen, true = filtering.system(4000)
+    best = squares(filtering.Kalman()(seen), true).mean()
     past = seen[:, :20].flatten(1)
     fitted = past @ torch.linalg.lstsq(past, true[:, 19]).solution
-    regression = toys.squares(fitted, true[:, 19]).mean()
-    assert toys.squares(toys.Kalman()(seen), true)[:, 19].mean() == pytest.approx(regression.item(), rel=0.05)
-    assert best < toys.squares(seen, true).mean() / 3
+    regression = squares(fitted, true[:, 19]).mean()
+    assert squares(filtering.Kalman()(seen), true)[:, 19].mean() == pytest.approx(regression.item(), rel=0.05)
+    assert best < squares(seen, true).mean() / 3
 
 
 NUMBERS = {"new": {0: {"loss": 1.0}, 1: {"loss": 1.2}}, "old": {0: {"loss": 1.5}, 1: {"loss": 1.1}}}
@@ -169,9 +171,9 @@ def test_tests_of_claims_decide(test, right):
 
 def test_half_the_samples_are_counted():
     def verdict(dual, causal):
-        numbers = {f"dual_attention {n}": {0: {"accuracy": 1.0 if n >= dual else 0.6}} for n in toys.SAMPLES}
-        numbers |= {f"causal {n}": {0: {"accuracy": 1.0 if n >= causal else 0.6}} for n in toys.SAMPLES}
-        return toys.half_the_samples(numbers)[0]
+        numbers = {f"dual_attention {n}": {0: {"accuracy": 1.0 if n >= dual else 0.6}} for n in relations.SAMPLES}
+        numbers |= {f"causal {n}": {0: {"accuracy": 1.0 if n >= causal else 0.6}} for n in relations.SAMPLES}
+        return relations.half_the_samples(numbers)[0]
 
     assert verdict(500, 1000) and verdict(4000, 9999)
     assert not verdict(1000, 1000) and not verdict(9999, 9999)

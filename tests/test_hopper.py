@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+
+import manyheads
 
 pytest.importorskip("triton.experimental.gluon")
 
 import gluon_emulator as emulator
 
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL
-from manyheads.core.forms import Operand, Scores
+from manyheads.core.forms import Operand, Scores, Selection
 from manyheads.core.inputs import Inputs, default_positions
+from manyheads.core.selection import CHOSEN, as_scores
 from manyheads.engines import eager
-from manyheads.engines.triton import hopper
+from manyheads.engines.triton import hopper, launch, lists
 from manyheads.engines.triton.hopper import backward, launching, tables
 
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
@@ -108,18 +114,18 @@ def check(form, x, scale=None):
 @pytest.mark.parametrize("name", FORMS)
 def test_forms(emulated, monkeypatch, name, kind):
     monkeypatch.setattr(tables, "table", getattr(tables, kind))
-    tables._TABLES.clear()
+    tables.KEPT.found.clear()
     check(FORMS[name], inputs(400, 400))
-    tables._TABLES.clear()
+    tables.KEPT.found.clear()
 
 
 @pytest.mark.parametrize("kind", ["ranges", "lists"])
 @pytest.mark.parametrize("name", FORMS)
 def test_gradients(emulated, monkeypatch, name, kind):
     monkeypatch.setattr(tables, "table", getattr(tables, kind))
-    tables._TABLES.clear()
+    tables.KEPT.found.clear()
     check_gradients(FORMS[name], inputs(400, 400))
-    tables._TABLES.clear()
+    tables.KEPT.found.clear()
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (64, 128), (65, 129), (1, 300), (130, 500), (200, 77)])
@@ -152,9 +158,13 @@ def test_rows_of_their_own(emulated, name):
     check(FORMS[name], x)
     check_gradients(FORMS[name], x)
     check(FORMS[name], x.with_(q_positions=range(300)))
+    assert isinstance(x.kv_positions, torch.Tensor)
+    check(FORMS[name], x.with_(kv_positions=x.kv_positions.mT.contiguous().mT))
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (64, 128), (65, 129), (1, 300), (130, 500), (256, 512), (200, 77)])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (64, 128), (65, 129), (1, 300), (130, 500), (256, 512), (200, 77), (128, 77)]
+)
 @pytest.mark.parametrize("name", ["full", "causal", "ALiBi"])
 def test_lengths(emulated, name, lengths):
     check(FORMS[name], inputs(*lengths, batch=2, heads=2, kv_heads=1))
@@ -169,6 +179,24 @@ def test_sizes(emulated, dim, dtype):
 @pytest.mark.parametrize("name", ["full", "causal", "sinks and window"])
 def test_slots_are_used_again(emulated, name):
     check(FORMS[name], inputs(140, 1200, heads=2, dim=128))
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("moba", {"block_size": 40, "top_k": 3}), ("moba", {"block_size": 128, "top_k": 2}),
+    ("flexprefill", {"block_size": 32, "min_budget": 64, "gamma": 0.5}),
+])  # fmt: skip
+@pytest.mark.parametrize("lengths", [(400, 400), (70, 520)])
+def test_chosen_blocks(emulated, name, settings, lengths):
+    selection, x = manyheads.get(name)(**settings), inputs(*lengths)
+    assert isinstance(selection, Selection)
+    form, y = as_scores(selection, x)
+    assert (y.operands[CHOSEN].float().mean() < 0.9) and not y.operands[CHOSEN].requires_grad
+    o, lse = eager.run(selection, x)
+    again, again_lse = eager.run(form, y)
+    torch.testing.assert_close(again, o)
+    torch.testing.assert_close(again_lse, lse)
+    check(form, y)
+    check_gradients(form, y)
 
 
 def test_sinks(emulated):
@@ -192,9 +220,20 @@ def test_strides(emulated):
     o, lse = hopper.run(FORMS["causal"], x)
     again = hopper.run(FORMS["causal"], x.with_(q=q, k=k, v=v))
     assert torch.equal(again[0], o) and torch.equal(again[1], lse)
-    odd = torch.randn(1, 4, 150, 65).to(x.q.dtype)
-    odd[..., 1:] = x.q
-    assert torch.equal(hopper.run(FORMS["causal"], x.with_(q=odd[..., 1:]))[0], o)
+    for size, first in (
+        (72, 1),
+        (68, 0),
+    ):  # rows begin at odd addresses; steps between them are no multiple of 16 bytes
+        odd = torch.randn(1, 4, 150, size).to(x.q.dtype)
+        odd[..., first : first + 64] = x.q
+        assert torch.equal(hopper.run(FORMS["causal"], x.with_(q=odd[..., first : first + 64]))[0], o)
+    gaps = torch.randn(1, 4, 150, 128).to(x.q.dtype)
+    gaps[..., ::2] = x.q
+    assert torch.equal(hopper.run(FORMS["causal"], x.with_(q=gaps[..., ::2]))[0], o)
+    shared = inputs(40, 60, batch=2)
+    shared = shared.with_(k=shared.k[:1].expand(2, -1, -1, -1), v=shared.v[:1].expand(2, -1, -1, -1))
+    check(FORMS["causal"], shared)
+    check_gradients(FORMS["causal"], shared)
 
 
 def test_neighbours_are_not_read(emulated):
@@ -217,6 +256,56 @@ def test_nothing_to_read():
     x = inputs(5, 0)
     o, lse = hopper.run(FORMS["causal"], x)
     assert (o == 0).all() and (lse == -torch.inf).all()
+    assert (hopper.run(FORMS["products"], x)[1] == 0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_gradients_that_are_needed(emulated, dim):
+    x = inputs(70, 70, heads=2, dim=dim)
+    o, lse = hopper.run(FORMS["causal"], x)
+    do = torch.randn_like(o)
+    whole = hopper.gradients(FORMS["causal"], x, o, lse, do, None)
+    q, k, v, do = (t.mT.contiguous().mT for t in (x.q, x.k, x.v, do))  # nobody's hardware writes them like this
+    for only in range(3):
+        needed = only == 0, only == 1, only == 2
+        found = hopper.gradients(FORMS["causal"], x.with_(q=q, k=k, v=v), o, lse, do, None, needed)
+        assert [grad is not None for grad in found] == list(needed)
+        a, b = found[only], whole[only]
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_infinite_derivatives_beyond_the_end(emulated):
+    """What is read there is 0, where a root has none."""
+    form = Scores(score=lambda s, b, h, i, j: torch.sqrt(abs(s)))
+    check_gradients(form, inputs(100, 70))
+    check_gradients(form, inputs(100, 128))
+    check_gradients(form, inputs(128, 70))
+
+
+def test_autograd(emulated, monkeypatch):
+    """From loss to leaves: gradients of some inputs, through o, through the lse, and from a do of stride 0."""
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+    x = inputs(150, 200, heads=2)
+    wide = {name: getattr(x, name).double().requires_grad_() for name in "qkv"}
+    own = {name: getattr(x, name).clone().requires_grad_(name != "k") for name in "qkv"}
+    true = eager.run(FORMS["causal"], x.with_(**wide))
+    found = launch.attend(FORMS["causal"], x.with_(**own))
+    for part in (lambda o, lse: o.sum(), lambda o, lse: lse.square().sum(), lambda o, lse: o.sum() - lse.sum()):
+        given = [torch.autograd.grad(part(*found), [own["q"], own["v"]], retain_graph=True)]
+        given += [torch.autograd.grad(part(*true), [wide["q"], wide["v"]], retain_graph=True, materialize_grads=True)]
+        for a, b in zip(*given, strict=True):
+            assert (a.double() - b).norm() <= 1e-2 * b.norm()
+
+
+def test_what_a_backward_pass_reads_must_not_change(emulated, monkeypatch):
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+    slopes = torch.full((2,), 0.1, requires_grad=True)
+    form = Scores(score=lambda s, b, h, i, j: s - slopes[h] * abs(i - j))
+    o, _ = launch.attend(form, inputs(40, 40, heads=2))
+    with torch.no_grad():
+        slopes.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
 
 
 def test_ranges():
@@ -243,6 +332,93 @@ def test_table_is_the_cheaper_one():
     run, holes = torch.tensor([[[[f, f, e]]]], dtype=torch.uint8), torch.tensor([[[[f, e, f]]]], dtype=torch.uint8)
     assert tables.table(run, 384, 128).kind == tables.RANGES
     assert tables.table(holes, 384, 128).kind == tables.LISTS
+
+
+# ---- tables that are kept ----
+
+
+def kept(mask, tile=(128, 64), turned=False, **changes):
+    """The table of a new form. 400 queries and keys, 2 rows, 4 heads."""
+    x = inputs(400, 400, batch=changes.pop("batch", 2), heads=changes.pop("heads", 4)).with_(**changes)
+    found = tables.table_of(Scores(mask=mask).program, x, tile, {}, turned)
+    assert found is not None
+    return found
+
+
+def window(size):
+    return lambda b, h, i, j: abs(i - j) < size
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    (lambda: kept(window(40)), lambda: kept(window(200))),
+    (lambda: kept(lambda b, h, i, j: i < 40), lambda: kept(lambda b, h, i, j: j < 40)),
+    (lambda: kept(window(40)), lambda: kept(window(40), q_positions=range(100, 500))),
+    (lambda: kept(window(40)), lambda: kept(window(40), kv_positions=range(100, 500))),
+    (lambda: kept(window(40)), lambda: kept(window(40), (128, 128))),
+    (lambda: kept(FORMS["causal"].mask, (128, 128)), lambda: kept(FORMS["causal"].mask, (128, 128), True)),
+    (lambda: kept(FORMS["windows of heads"].mask), lambda: kept(FORMS["windows of heads"].mask, heads=2)),
+    (lambda: kept(lambda b, h, i, j: i - j < 50 * b), lambda: kept(lambda b, h, i, j: i - j < 50 * b, batch=3)),
+], ids=["numbers", "structure", "queries", "keys", "tile", "turned", "heads", "batch"])  # fmt: skip
+def test_a_kept_table_is_that_of_the_call(first, second):
+    tables.KEPT.found.clear()
+    made = first()
+    assert first() is made, "the same call has the same table"
+    after = second()
+    tables.KEPT.found.clear()
+    assert torch.equal(after.values, second().values)
+
+
+def test_the_mask_looks_at_tiles_that_stick_out():
+    """400 queries are no whole tiles of 128, 400 keys are four of 100."""
+    everything = lambda b, h, i, j: i >= 0  # noqa: E731
+    assert kept(everything, (128, 100)).values[0, 0].tolist() == [[0, 4, 0, 4]] * 4
+    assert kept(everything, (128, 100), turned=True).values[0, 0].tolist() == [[0, 4, 0, 3]] * 4
+
+
+def test_tensors_without_a_version_are_looked_at_again():
+    with torch.inference_mode():
+        limit = torch.tensor([30])
+        form, x = Scores(mask=lambda b, h, i, j: abs(i - j) < limit[0 * b]), inputs(400, 400)
+        before = tables.table_of(form.program, x, (128, 64), {})
+        limit.add_(300)
+        after = tables.table_of(form.program, x, (128, 64), {})
+    assert before is not None and after is not None and not torch.equal(before.values, after.values)
+
+
+def test_operands_that_a_mask_reads_are_looked_at_again():
+    form = Scores(mask=lambda b, h, i, j, g: abs(i - j) < g[h], operands={"g": Operand("heads")})
+    x = inputs(400, 400)
+    found = [tables.table_of(form.program, x, (128, 64), {"g": torch.full((4,), size)}) for size in (30.0, 300.0)]
+    assert found[0] is not None and found[1] is not None and not torch.equal(found[0].values, found[1].values)
+
+
+def test_a_table_keeps_what_it_was_made_of():
+    """Else another tensor might get its id."""
+    limit = torch.tensor([30])
+    alive = weakref.ref(limit)
+    kept(lambda b, h, i, j, limit=limit: abs(i - j) < limit[0 * b])
+    del limit
+    gc.collect()
+    assert alive() is not None
+    tables.KEPT.found.clear()
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_latest_used_are_kept():
+    few = lists.Kept(sets=2, elements=10)
+    for key in "ab":
+        few.put((key,), key, 4, None)
+    assert few.get(("a",)) == "a"
+    few.put(("c",), "c", 4, None)
+    assert few.get(("b",)) is None and few.get(("a",)) == "a"
+    few.put(("d",), "d", 8, None)
+    assert list(few.found) == [("d",)], "too large together, though not too many"
+
+
+def test_a_table_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        tables.steps_of(kept(window(40)), (2, 4, 5))
 
 
 # ---- on a GPU ----

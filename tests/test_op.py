@@ -140,9 +140,28 @@ def shared() -> None:
     assert counter.frame_count == 2, counter.frame_count
 
 
+def lengths() -> None:
+    """A form or a name, at one length after the other: two graphs, and one more for steps of decoding."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    form = manyheads.get("sliding_window")(window=5)
+    ways = (
+        lambda q, k: manyheads.attention(q, k, k, form, engine="triton"),
+        lambda q, k: manyheads.attention(q, k, k, "sliding_window", window=5, engine="triton"),
+    )
+    for attend in ways:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(attend, backend=counter, fullgraph=True)
+        for q_len, kv_len in ((9, 9), (12, 12), (17, 17), (30, 30), (1, 9), (1, 12), (1, 23)):
+            q, k = torch.randn(1, 2, q_len, 16), torch.randn(1, 1, kv_len, 16)
+            assert torch.equal(compiled(q, k), attend(q, k))
+        assert counter.frame_count == 3, counter.frame_count
+
+
 def backward_later() -> None:
     """Between a forward pass and its backward pass come those of other forms; the first form is gone by then."""
-    q, k, v = leaves()
+    q, k, v = leaves(12, 9)  # keys begin at 3
 
     def attend(form: Scores) -> Tensor:
         return manyheads.attention(q, k, v, form, engine="triton")
@@ -173,7 +192,7 @@ def keys_alone() -> None:
 # ---- tests ----
 
 
-@pytest.mark.parametrize("what", ["checked", "whole", "shared", "backward_later", "keys_alone"])
+@pytest.mark.parametrize("what", ["checked", "whole", "shared", "lengths", "backward_later", "keys_alone"])
 def test_in_the_interpreter(what):
     code = f"from tests import test_op; test_op.{what}()"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -189,7 +189,7 @@ def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like:
     learned = {f"tensor {n}": t for n, t in enumerate(form.program.tensors) if t.requires_grad} | operands
     q_at = kv_at = None
     if case.absent:
-        kv_at = torch.stack([(torch.arange(case.kv_len) - n).clamp(min=-1) for n in case.absent]).to(device)
+        kv_at = torch.stack([(torch.arange(case.kv_len) - n).clamp(min=-1) for n in case.absent], 1).to(device).mT
         q_at = kv_at[:, case.kv_len - case.q_len :]
     x = build_inputs(form, q, k, v, case.scale, q_at, kv_at, None, operands)
     # On a GPU the plain kernels are not offered to anyone, which is no reason not to test them there.
@@ -317,6 +317,22 @@ def bounds() -> None:
     print("done")
 
 
+def alone() -> None:
+    """Gradients of sinks, or of what a score reads, with no others asked for."""
+    cpu = torch.device("cpu")
+    for name in ("sink", "tensor 0"):
+        found = []
+        for engine, dtype in ((triton, torch.float32), (eager, torch.float64)):
+            torch.manual_seed(0)
+            form = sinking(9) if name == "sink" else slopes(2, cpu, dtype)
+            x = [torch.randn(1, 2, 40, 16).to(dtype) for _ in range(3)]
+            operands = {"sink": torch.ones(2, dtype=dtype, requires_grad=True)} if name == "sink" else {}
+            o, _ = engine.run(form, build_inputs(form, *x, None, None, None, None, operands))
+            found += torch.autograd.grad(o.square().sum(), operands.get("sink", *form.program.tensors))
+        assert (found[0] - found[1]).norm() < 5e-6 * found[1].norm()
+    print("done")
+
+
 def padding() -> None:
     """What absent tokens hold does not show in what the score reads, large as it may be."""
     found = []
@@ -377,6 +393,10 @@ def test_repeats_and_keeps():
 
 def test_gradients_do_not_depend_on_the_order_of_tiles():
     assert interpret("orders()") == "done"
+
+
+def test_gradients_of_what_is_read_alone():
+    assert interpret("alone()") == "done"
 
 
 def test_gradients_ignore_padding():

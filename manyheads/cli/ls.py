@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from manyheads.core.forms import Form
     from manyheads.core.layer import Layer
     from manyheads.core.mechanism import Mechanism
+    from manyheads.core.study import Study
 
 
 def ls(as_json: AsJson = False) -> None:
-    """List the mechanisms, the layers and the cache policies."""
+    """List the mechanisms, the layers, the cache policies and the studies."""
     rows = [_row(found) for found in _everything()]
     if as_json:
         print_json(rows)
@@ -28,7 +29,7 @@ def ls(as_json: AsJson = False) -> None:
         labels = row["labels"]
         words = [
             *([row["kind"]] if row["kind"] != "mechanism" else []),
-            *([] if row["kind"] == "policy" else ["causal"] if labels["causal"] else ["sees all"]),
+            *([] if row["kind"] in ("policy", "study") else ["causal"] if labels["causal"] else ["sees all"]),
             *(["sees future"] if labels["sees_future"] else []),
             *(["needs training"] if labels["needs_training"] else []),
         ]
@@ -40,14 +41,15 @@ def ls(as_json: AsJson = False) -> None:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A mechanism, a layer or a cache policy.")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="A mechanism, a layer, a cache policy or a study.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show one mechanism, layer or cache policy: equation, citation, settings, laws, engines."""
+    """Show one mechanism, layer, cache policy or study: equation, citation, settings, laws, engines."""
     found = {one.name: one for one in _everything()}
     if name not in found:
         from manyheads.core.names import unknown
 
-        raise ValueError(unknown("mechanism, layer or cache policy", name, found))
+        raise ValueError(unknown("mechanism, layer, cache policy or study", name, found))
     about = _about(found[name])
     if as_json:
         print_json(about)
@@ -61,20 +63,25 @@ def show(
     console.print(table)
 
 
-def _everything() -> list[Mechanism | Layer | Recipe]:
-    from manyheads import layers, mechanisms
+def _everything() -> list[Mechanism | Layer | Recipe | Study]:
+    from manyheads import layers, mechanisms, studies
     from manyheads.cache import policies
 
-    return [part.get(name) for part in (mechanisms, layers, policies) for name in part.names()]
+    return [part.get(name) for part in (mechanisms, layers, policies, studies) for name in part.names()]
 
 
-def _row(found: Mechanism | Layer | Recipe) -> dict[str, Any]:
+def _row(found: Mechanism | Layer | Recipe | Study) -> dict[str, Any]:
     from manyheads.core.layer import Layer
     from manyheads.core.mechanism import Mechanism
+    from manyheads.core.study import Study
 
     if isinstance(found, Mechanism):
         return _mechanism_row(found)
-    return _layer_row(found) if isinstance(found, Layer) else _policy_row(found)
+    if isinstance(found, Layer):
+        return _layer_row(found)
+    if isinstance(found, Study):
+        return _plain_row(found, "study", found.family)
+    return _plain_row(found, "policy", "cache")
 
 
 def _mechanism_row(mechanism: Mechanism) -> dict[str, Any]:
@@ -114,23 +121,23 @@ def _layer_row(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _policy_row(recipe: Recipe) -> dict[str, Any]:
+def _plain_row(found: Recipe | Study, kind: str, family: str) -> dict[str, Any]:
     return {
-        "name": recipe.name,
-        "kind": "policy",
-        "system": recipe.system,
-        "family": "cache",
-        "form": "Policy",
+        "name": found.name,
+        "kind": kind,
+        "system": found.system,
+        "family": family,
+        "form": kind.title(),
         "engines": [],
         "labels": {"causal": True, "sees_future": "", "needs_training": False},
-        "arxiv": recipe.arxiv,
-        "summary": recipe.summary,
-        "sizes": recipe.required,
-        "settings": recipe.settings,
+        "arxiv": found.arxiv,
+        "summary": found.summary,
+        "sizes": found.required,
+        "settings": found.settings,
     }
 
 
-def _about(found: Mechanism | Layer | Recipe) -> dict[str, Any]:
+def _about(found: Mechanism | Layer | Recipe | Study) -> dict[str, Any]:
     """A row of `ls` with all that is known besides."""
     from manyheads.core.layer import Layer
     from manyheads.core.mechanism import Mechanism
@@ -154,6 +161,8 @@ def _facts(about: dict[str, Any]) -> dict[str, list[str]]:
     facts = {"settings": [*about["sizes"], *(f"{name} = {value!r}" for name, value in about["settings"].items())]}
     if kind == "policy":
         facts["use"] = [f'manyheads.apply(model, cache="{about["name"]}", budget=512)']
+    elif kind == "study":
+        facts["use"] = [f"python -m manyheads.studies.{about['name']}"]
     else:
         if kind == "mechanism":
             facts["operands"] = [f"{name} [{dims}]" for name, dims in about["operands"].items()]

@@ -39,11 +39,13 @@ class Operand:
         operand has a value for each token, and a layer projects it from x; without, it is a parameter of the layer.
     activation: takes what a projection gives (any real number) to the operand's own range.
     init: fills a layer's parameter in place (operands without `len`); zeros if absent.
+    kind: "f" for floating numbers, "b" for booleans.
     """
 
     dims: str
     activation: Callable[[Tensor], Tensor] = identity
     init: Callable[[Tensor], object] = torch.Tensor.zero_
+    kind: Literal["f", "b"] = "f"
 
     def __post_init__(self) -> None:
         if self.per_token and self.names[0] != "batch":
@@ -140,7 +142,7 @@ class Scores(Form):
 
     @cached_property
     def program(self) -> Program:
-        declared = {name: (len(operand.names), "f") for name, operand in self.operands.items()}
+        declared = {name: (len(operand.names), operand.kind) for name, operand in self.operands.items()}
         return trace(mask=self.mask, score=self.score, operands=declared)
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Positions = range | Tensor
+
+@dataclass(frozen=True)
+class Run:
+    """A range, for torch.compile, which takes the bounds of a range for constants."""
+
+    start: int
+    stop: int
+    step: ClassVar[int] = 1
+
+
+Positions = range | Run | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +89,19 @@ class Inputs:
         return replace(self, **changes)
 
 
-def default_positions(q_len: int, kv_len: int) -> tuple[range, range]:
+def default_positions(q_len: int, kv_len: int) -> tuple[range | Run, range | Run]:
     """Queries and keys end at the same position: the queries are the last q_len."""
     n = max(q_len, kv_len)
-    return range(n - q_len, n), range(n - kv_len, n)
+    run = Run if torch.compiler.is_compiling() else range
+    return run(n - q_len, n), run(n - kv_len, n)
+
+
+def as_range(positions: Positions) -> range | Tensor:
+    return range(positions.start, positions.stop) if isinstance(positions, Run) else positions
 
 
 def as_rows(positions: Positions, device: torch.device) -> Tensor:
     """Positions as int64 [1 | batch, len]."""
-    if isinstance(positions, range):
+    if not isinstance(positions, Tensor):
         return torch.arange(positions.start, positions.stop, device=device)[None]
     return positions if positions.ndim == 2 else positions[None]

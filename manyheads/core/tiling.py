@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
 from manyheads.core.forms import Blocks, Form, Scores, Selection
-from manyheads.core.inputs import Inputs, Positions, as_rows
+from manyheads.core.inputs import Inputs, Positions, as_range, as_rows
 
 KEY_TILE = 128
 QUERY_TILE = 128
@@ -79,7 +79,13 @@ def _tiles(program: Program, x: Inputs, size: int, operands: dict[str, Tensor]) 
     """
     if x.q_len * x.kv_len > SMALL:
         return program.tiles(
-            x.q_positions, x.kv_positions, (size, KEY_TILE), x.batch, x.heads, device=None, **operands
+            as_range(x.q_positions),
+            as_range(x.kv_positions),
+            (size, KEY_TILE),
+            x.batch,
+            x.heads,
+            device=None,
+            **operands,
         ).cpu()
     state = PARTIAL if program.has_mask or x.ragged else FULL
     return torch.full((1, 1, -(-x.q_len // size), -(-x.kv_len // KEY_TILE)), state, dtype=torch.uint8)
@@ -126,7 +132,7 @@ def score(form: Scores, s: Tensor, chunk: Chunk, operands: dict[str, Tensor]) ->
 def position_operands(form: Scores, x: Inputs) -> dict[str, Tensor]:
     """The operands that mask and score read, indexed by position: stored tokens are moved to where they stand."""
     used = {name: x.operands[name] for name in form.program.operand_names}
-    if isinstance(x.kv_positions, range) and x.kv_positions.start == 0:
+    if not isinstance(x.kv_positions, Tensor) and x.kv_positions.start == 0:
         return used
     kv = as_rows(x.kv_positions, x.k.device)
     return {name: _by_position(value, form.operands[name].names, kv) for name, value in used.items()}
@@ -194,7 +200,7 @@ def choose(form: Selection, x: Inputs) -> Blocks:
 
 
 def _start(positions: Positions) -> int:
-    if not isinstance(positions, range):
+    if isinstance(positions, Tensor):
         raise TypeError("a selection is run row by row, over positions that are a range")
     return positions.start
 

@@ -198,7 +198,7 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
 
 def _present(positions: Positions, x: Inputs) -> Tensor | None:
     """bool [batch | 1, 1, len, 1], where a token is, or None if all are."""
-    return None if isinstance(positions, range) else (as_rows(positions, x.q.device) >= 0)[:, None, :, None]
+    return None if not isinstance(positions, Tensor) else (as_rows(positions, x.q.device) >= 0)[:, None, :, None]
 
 
 def _zeroed(t: Tensor, here: Tensor | None) -> Tensor:

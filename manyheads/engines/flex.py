@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Number, Program
 from manyheads.core.forms import Form, Scores
-from manyheads.core.inputs import Inputs, as_rows
+from manyheads.core.inputs import Inputs, as_range, as_rows
 from manyheads.core.merge import merge
 from manyheads.core.rows import unseen
 from manyheads.core.tiling import position_operands
@@ -56,7 +56,7 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
     program, device = form.program, x.q.device
     operands = position_operands(form, x)
     tiles = program.tiles(
-        x.q_positions, x.kv_positions, (TILE, TILE), x.batch, x.heads, device=device, **operands
+        as_range(x.q_positions), as_range(x.kv_positions), (TILE, TILE), x.batch, x.heads, device=device, **operands
     )  # fmt: skip
     partial = tiles == PARTIAL
     if x.kv_len % TILE:  # the last tile sticks out of the keys: let the mask see to it

@@ -38,7 +38,7 @@ class Axis:
     """
 
     def __init__(self, positions: Tensor | range, tile: int, device: torch.device):
-        if isinstance(positions, range):
+        if not isinstance(positions, Tensor):
             self.is_range = positions.step == 1
             positions = torch.arange(positions.start, positions.stop, positions.step, device=device)
         else:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Scores
+from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
+from manyheads.core.selection import as_scores, why_no_scores
 from manyheads.core.tiling import plain
 from manyheads.engines.triton import op
 
@@ -26,8 +28,13 @@ PLAIN = 2**27  # the same where torch has a kernel of its own, whose launch cost
 
 
 def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
+    if isinstance(form, Selection):
+        why = why_no_scores(form)
+        if why is not None:
+            return f"the Triton kernels do not take {why}"
+        form = form.scores
     if not isinstance(form, Scores):
-        return f"the Triton kernels compute Scores, not a {type(form).__name__}"
+        return f"the Triton kernels compute Scores and Selections, not a {type(form).__name__}"
     if form.normaliser not in NORMALISERS:
         return f"the Triton kernels have no {form.normaliser!r} normaliser"
     if not HAS_TRITON:
@@ -60,6 +67,8 @@ def hesitates(form: Form, x: Inputs) -> str | None:
 
     if x.q.device.type == "cpu":
         return "Triton's interpreter is for tests: ask for it by name"
+    if isinstance(form, Selection):
+        return "its block lists were checked in emulation alone: ask for it by name"
     if hopper.why_not(form, x) is not None:
         return "the kernels for any GPU were checked on an H100 and not timed beside the others: ask for them by name"
     if x.batch * x.heads * x.q_len * x.kv_len < (PLAIN if plain(form, x) else FEW):
@@ -69,12 +78,21 @@ def hesitates(form: Form, x: Inputs) -> str | None:
 
 def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     """(o, lse). The first call of a structure compiles; other numbers, tensors and lengths compile nothing."""
+    if isinstance(form, Selection):
+        chosen: Any = torch._dynamo.disable(_selected) if torch.compiler.is_compiling() else _selected
+        return chosen(form, x)
     assert isinstance(form, Scores), "why_not said so"
     if torch.compiler.is_compiling():
         return op.attend(form, x)
     from manyheads.engines.triton import launch
 
     return launch.attend(form, x)
+
+
+def _selected(form: Selection, x: Inputs) -> tuple[Tensor, Tensor]:
+    from manyheads.engines.triton import launch
+
+    return launch.attend(*as_scores(form, x))
 
 
 def _interprets() -> bool:

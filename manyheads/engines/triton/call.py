@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core.expressions import PARTIAL, Program
-from manyheads.core.inputs import Positions
+from manyheads.core.inputs import Positions, as_range
 from manyheads.engines.triton.blocks import Block, block, chip_of, padded
 from manyheads.engines.triton.lists import KEPT, Lists, lists_of
 
@@ -62,7 +62,7 @@ class Call:
     @property
     def length(self) -> int:
         """Positions are below it: one of few, as each has its own kernels."""
-        ends = [p.stop if isinstance(p, range) else 0 for p in (self.q_positions, self.kv_positions)]
+        ends = [0 if isinstance(p, Tensor) else p.stop for p in (self.q_positions, self.kv_positions)]
         return 2**20 if max(*ends, self.kv_len) <= 2**20 else 2**30
 
     def block(self, kernel: str) -> Block:
@@ -86,13 +86,19 @@ class Call:
         if lists is None:
             lists = self._lists(tile, transposed)
             if key is not None:
-                KEPT.put(key, lists, self.program.tensors)
+                KEPT.put(key, lists, lists.tiles.numel(), self.program.tensors)
         self.own[tile, transposed] = lists
         return lists
 
     def _lists(self, tile: tuple[int, int], transposed: bool) -> Lists:
         found = self.program.tiles(
-            self.q_positions, self.kv_positions, tile, self.batch, self.heads, device=self.device, **self.operands
+            as_range(self.q_positions),
+            as_range(self.kv_positions),
+            tile,
+            self.batch,
+            self.heads,
+            device=self.device,
+            **self.operands,
         )
         # Tiles that stick out are partial: bounds count as a mask.
         if self.q_len % tile[0]:

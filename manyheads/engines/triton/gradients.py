@@ -39,7 +39,7 @@ def scales(
 
 def _present(values: Tensor, positions: Positions) -> Tensor:
     """values [batch, heads, len], 0 where no token is: what it holds means nothing."""
-    return values if isinstance(positions, range) else torch.where(positions[:, None] >= 0, values, 0.0)
+    return values if not isinstance(positions, Tensor) else torch.where(positions[:, None] >= 0, values, 0.0)
 
 
 @triton.jit

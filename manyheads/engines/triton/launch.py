@@ -96,7 +96,7 @@ def run_backward(
     products: Three = (None, None, None)
     if own and any(needed):
         products = hopper.gradients(form, x, o, lse, do, dlse, needed)
-    if not sink_needed and not sources and (own or not any(needed)):
+    if own and not sink_needed and not sources:
         return products, None, {}
     delta = row_delta(o, do, dlse, call)
     if not own:
@@ -245,7 +245,7 @@ def _at_steps(call: Call) -> tuple[int, int]:
 
 
 def _start(positions: Positions) -> int:
-    return positions.start if isinstance(positions, range) else 0
+    return 0 if isinstance(positions, Tensor) else positions.start
 
 
 def _steps(*tensors: Tensor) -> tuple[int, list[int]]:

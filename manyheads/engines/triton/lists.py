@@ -1,10 +1,10 @@
-"""Which tiles the kernels visit: lists made from maps of tiles, on the device, and kept for the calls that follow."""
+"""Which tiles the kernels visit: lists made from maps of tiles, on the device, and what keeps them for later calls."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,30 +31,33 @@ def lists_of(found: Tensor) -> Lists:
     return Lists(counts, order, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
 
 
-class Kept:
-    """Lists by what they depend on, the latest used; no more than so many and so large."""
+Found = TypeVar("Found")
+
+
+class Kept(Generic[Found]):
+    """Lists, or Hopper's tables, by what they depend on, the latest used; no more than so many and so large."""
 
     def __init__(self, sets: int = 64, elements: int = 2**26):
         self.sets, self.elements = sets, elements
-        self.found: OrderedDict[tuple[Any, ...], tuple[Lists, Any]] = OrderedDict()
+        self.found: OrderedDict[tuple[Any, ...], tuple[Found, int, Any]] = OrderedDict()
         self._lock = threading.Lock()  # backward passes have threads of their own
 
-    def get(self, key: tuple[Any, ...]) -> Lists | None:
+    def get(self, key: tuple[Any, ...]) -> Found | None:
         with self._lock:
             if key not in self.found:
                 return None
             self.found.move_to_end(key)
             return self.found[key][0]
 
-    def put(self, key: tuple[Any, ...], lists: Lists, alive: Any) -> None:
-        """`alive` stays so as long as the lists do."""
+    def put(self, key: tuple[Any, ...], found: Found, elements: int, alive: Any) -> None:
+        """`alive` stays so as long as what was found does: an id in the key is no other tensor's."""
         with self._lock:
-            self.found[key] = lists, alive
+            self.found[key] = found, elements, alive
             while len(self.found) > 1 and (len(self.found) > self.sets or self._size() > self.elements):
                 self.found.popitem(last=False)
 
     def _size(self) -> int:
-        return sum(lists.tiles.numel() for lists, _ in self.found.values())
+        return sum(elements for _, elements, _ in self.found.values())
 
 
-KEPT = Kept()
+KEPT: Kept[Lists] = Kept()

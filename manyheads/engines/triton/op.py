@@ -35,7 +35,7 @@ def _given(form: Scores, x: Inputs) -> tuple[Any, ...]:
     return (
         x.q, x.k, x.v, form.handle.shape[0], list(form.program.tensors), [x.operands[name] for name in form.operands],
         q_at if isinstance(q_at, Tensor) else None, kv_at if isinstance(kv_at, Tensor) else None,
-        q_at.start if isinstance(q_at, range) else 0, kv_at.start if isinstance(kv_at, range) else 0, x.scale,
+        0 if isinstance(q_at, Tensor) else q_at.start, 0 if isinstance(kv_at, Tensor) else kv_at.start, x.scale,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def _gradients(
 def _stored(grad: Tensor, name: str, form: Scores, x: Inputs) -> Tensor:
     """From where tokens stand to where they are stored: what position_operands did, turned round."""
     value, names = x.operands[name], form.operands[name].names
-    if "len" not in names or (isinstance(x.kv_positions, range) and x.kv_positions.start == 0):
+    if "len" not in names or (not isinstance(x.kv_positions, Tensor) and x.kv_positions.start == 0):
         return grad
     shape = [1] * value.ndim
     at, dim = as_rows(x.kv_positions, value.device), names.index("len")

@@ -11,13 +11,13 @@ from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import position_operands
 from manyheads.engines.triton import quick
+from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import keys, queries, rows
 from manyheads.engines.triton.hopper.launching import (
     NORMALISERS,
     SIZES,
     STEPS,
     Kernel,
-    cdiv,
     descriptor,
     kind_of,
     places,

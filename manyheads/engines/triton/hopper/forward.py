@@ -12,13 +12,13 @@ from manyheads.core.expressions.source import Source
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs, Positions
 from manyheads.core.tiling import position_operands
+from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import attend
 from manyheads.engines.triton.hopper.launching import (
     NORMALISERS,
     SIZES,
     STEPS,
     Kernel,
-    cdiv,
     descriptor,
     places,
     source_of,

@@ -25,10 +25,6 @@ def wide(head_dim: int) -> int:
     return next(width for width in WIDTHS if head_dim <= width)
 
 
-def cdiv(n: int, size: int) -> int:
-    return -(-n // size)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A Gluon function: its own parameters, those of them whose value must not lead to another compilation, and the
@@ -56,9 +52,7 @@ class Kernel:
 
 
 _ENTRIES: dict[tuple[str, str], Any] = {}  # by kernel and text
-SIZES = (
-    "heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step",
-)  # fmt: skip
+SIZES = ("heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step")
 STEPS = ("table_batch", "table_head", "table_row")
 
 
@@ -72,9 +66,9 @@ def places(
     positions: tuple[Positions, Positions], q_len: int, kv_len: int, device: torch.device
 ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int], tuple[int, int]]:
     """Positions as kernels take them: int32 rows, or (None, None) for ranges; where ranges start; steps of the rows."""
-    if all(isinstance(p, range) for p in positions):
-        q, kv = positions
-        return (None, None), (q.start, kv.start), (0, 0)  # type: ignore[union-attr]
+    q, kv = positions
+    if not isinstance(q, Tensor) and not isinstance(kv, Tensor):
+        return (None, None), (q.start, kv.start), (0, 0)
     q, kv = (as_rows(p, device).to(device, torch.int32).contiguous() for p in positions)
     return (q, kv), (0, 0), tuple(t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))  # type: ignore[return-value]
 

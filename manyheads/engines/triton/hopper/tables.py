@@ -5,14 +5,14 @@ table = lists(program.tiles(..., tile=(128, keys)), kv_len, keys) or ranges(...)
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, Program
-from manyheads.core.inputs import Inputs
+from manyheads.core.inputs import Inputs, as_range
+from manyheads.engines.triton.lists import Kept
 
 EVERY, RANGES, LISTS = 0, 1, 2  # kinds of tables, as in kernels/common.py
 
@@ -70,8 +70,7 @@ def _needed(tiles: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
     return tiles != EMPTY, full
 
 
-_TABLES: OrderedDict[tuple[Any, ...], tuple[Table, Any]] = OrderedDict()  # beside a table what it was made of
-KEPT = 64  # tables
+KEPT: Kept[Table] = Kept()
 
 
 def table_of(
@@ -83,7 +82,7 @@ def table_of(
         return None
 
     def make() -> Table:
-        at = x.q_positions, x.kv_positions
+        at = as_range(x.q_positions), as_range(x.kv_positions)
         # What lies on the GPU is not fetched, and not waited for.
         device = x.q.device if any(t.device == x.q.device for t in program.tensors) else None
         tiles = program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=device, **operands)
@@ -91,22 +90,15 @@ def table_of(
         return found.to(x.q.device)
 
     tensors, numbers = program.tensors, program.numbers
-    if (
-        x.ragged
-        or any(isinstance(n, Tensor) for n in numbers)
-        or any(t.is_inference() for t in tensors)
-        or (operands and program.mask_reads_operands)
-    ):
+    if x.ragged or any(t.is_inference() for t in tensors) or (operands and program.mask_reads_operands):
         return make()
     versions = tuple((id(t), t._version) for t in tensors)
     key = program.key, numbers, versions, x.q_positions, x.kv_positions, x.batch, x.heads, tile, turned, x.q.device
-    if key in _TABLES:
-        _TABLES.move_to_end(key)
-    else:
-        _TABLES[key] = make(), tensors
-        if len(_TABLES) > KEPT:
-            _TABLES.popitem(last=False)
-    return _TABLES[key][0]
+    found = KEPT.get(key)
+    if found is None:
+        found = make()
+        KEPT.put(key, found, found.values.numel(), tensors)
+    return found
 
 
 def steps_of(table: Table | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -17,8 +17,7 @@ EVERY = gl.constexpr(0)
 RANGES = gl.constexpr(1)
 LISTS = gl.constexpr(2)
 
-# Weights from scores. SIGNED: sign(s) softmax(|s|). NONE: the scores themselves.
-SOFTMAX = gl.constexpr(0)
+# Weights from scores. SIGNED: sign(s) softmax(|s|). NONE: the scores themselves. 0 is the softmax.
 SIGNED = gl.constexpr(1)
 NONE = gl.constexpr(2)
 
