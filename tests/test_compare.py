@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from manyheads import get
+from manyheads.core import Function
 from manyheads.evaluate import compare
 from manyheads.evaluate.answer import answer, gain, winner
 from manyheads.evaluate.specs import Spec, defaults, parse, parse_list
@@ -130,7 +132,9 @@ def test_specs():
     ]
     listed = {s.name for s in defaults(2048)}
     missing = set(names()) - listed - {"causal"}
-    assert all(not __import__("manyheads").get(name).causal for name in missing)
+    for name in missing:  # what cannot stand in for causal attention in a minute, or needs what a model has not
+        found = get(name)
+        assert not found.causal or isinstance(found(), Function) or (found().operands and not found.trained), name
 
 
 def row(spec, ratio, needle, size, prefill, decode, label="freed"):

@@ -6,6 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from manyheads.core.forms import Function
 from manyheads.core.names import unknown
 from manyheads.mechanisms import get, names
 
@@ -99,10 +100,12 @@ def fit(spec: Spec, context: int) -> Spec:
 
 def defaults(context: int) -> list[Spec]:
     """Dense, every mechanism that a trained model can take, every policy at a half and a quarter, then those that need
-    training."""
+    training. Functions hold the whole map of scores, and operands want a model that has them: only if named."""
     from manyheads.cache import policies
 
-    found = [Spec(name, "mechanism") for name in names()]
+    forms = {name: get(name)() for name in names()}
+    whole = [name for name, form in forms.items() if not isinstance(form, Function)]
+    found = [Spec(name, "mechanism") for name in whole if get(name).trained or not forms[name].operands]
     able = [s for s in found if not get(s.name).trained and get(s.name).causal and s.name != "causal"]
     untrained = [s for s in found if get(s.name).trained]
     evicting = [name for name in policies.names() if name != "keep_all"]
