@@ -7,11 +7,11 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-from manyheads.core.names import unknown
+from manyheads.core.names import UnknownName, unknown
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,6 +111,30 @@ def find(package: str, path: Iterable[str], kind: type[Kind], rule: str) -> dict
             raise TypeError(f"{name} is defined twice, the second time in {module.name}")
         found[name] = own
     return found
+
+
+class Shelf(Generic[Kind]):
+    """What a package publishes, by name: `find`, done when it is first asked for.
+
+    what: for messages, what such a thing is called. error: what an unknown name raises.
+    """
+
+    def __init__(
+        self, package: str, path: Iterable[str], kind: type[Kind], *, rule: str, what: str, error: type[UnknownName]
+    ):
+        self._look = cache(lambda: find(package, path, kind, rule))
+        self._what, self._error = what, error
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in alphabetical order."""
+        return tuple(sorted(self._look()))
+
+    def get(self, name: str) -> Kind:
+        """What has that name. Raises KeyError with the nearest name if nothing has."""
+        found = self._look()
+        if name not in found:
+            raise self._error(unknown(self._what, name, found))
+        return found[name]
 
 
 def _fits(value: Any, kind: Any) -> bool:

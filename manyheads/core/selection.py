@@ -40,7 +40,7 @@ def _scores(form: Selection, first: int) -> Scores:
         return chosen_blocks[b, h, i // q_size - first, j // k_size]
 
     def both(b, h, i, j, chosen_blocks):
-        return inner(b, h, i, j) & chosen_blocks[b, h, i // q_size - first, j // k_size]  # type: ignore[misc]
+        return inner(b, h, i, j) & chosen_blocks[b, h, i // q_size - first, j // k_size]  # type: ignore[misc]  it is called where there is one
 
     blocks = Operand("batch heads 0 0", kind="b")  # as many blocks as the lengths give
     return replace(

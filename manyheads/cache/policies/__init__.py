@@ -5,30 +5,16 @@ A file `<name>.py` holds a function of the same name under `@policy(...)`. There
 
 from __future__ import annotations
 
-from functools import cache
-
 from manyheads.cache.policy import Recipe
-from manyheads.core.names import UnknownName, unknown
-from manyheads.core.published import find
-
-
-@cache
-def _found() -> dict[str, Recipe]:
-    return find(__name__, __path__, Recipe, "a function under @policy(...)")
-
-
-def names() -> tuple[str, ...]:
-    """The names of all policies, in alphabetical order."""
-    return tuple(sorted(_found()))
-
-
-def get(name: str) -> Recipe:
-    """The policy of that name. Raises KeyError with the nearest name if there is none."""
-    try:
-        return _found()[name]
-    except KeyError:
-        raise UnknownPolicy(unknown("cache policy", name, _found())) from None
+from manyheads.core.names import UnknownName
+from manyheads.core.published import Shelf
 
 
 class UnknownPolicy(UnknownName):
     """A name that no policy has."""
+
+
+_SHELF = Shelf(
+    __name__, __path__, Recipe, rule="a function under @policy(...)", what="cache policy", error=UnknownPolicy
+)
+names, get = _SHELF.names, _SHELF.get

@@ -13,7 +13,7 @@ from torch import Tensor
 from manyheads.core.expressions import PARTIAL, Program
 from manyheads.core.inputs import Positions, as_range
 from manyheads.engines.triton.blocks import Block, block, chip_of, padded
-from manyheads.engines.triton.lists import KEPT, Lists, lists_of
+from manyheads.engines.triton.lists import KEPT, Lists, key_of, lists_of
 
 TINY = 1e-6  # a scale below which dividing by it might overflow
 AHEAD = 2**16  # bytes of what masks and scores read that may be loaded ahead of a tile
@@ -81,7 +81,8 @@ class Call:
         tile = block.queries, block.keys
         if (tile, transposed) in self.own:
             return self.own[tile, transposed]
-        key = self._lists_key(tile, transposed)
+        at = self.q_positions, self.kv_positions
+        key = key_of(self.program, at, self.batch, self.heads, self.operands, tile, transposed, self.device)
         lists = None if key is None else KEPT.get(key)
         if lists is None:
             lists = self._lists(tile, transposed)
@@ -92,33 +93,15 @@ class Call:
 
     def _lists(self, tile: tuple[int, int], transposed: bool) -> Lists:
         found = self.program.tiles(
-            as_range(self.q_positions),
-            as_range(self.kv_positions),
-            tile,
-            self.batch,
-            self.heads,
-            device=self.device,
+            as_range(self.q_positions), as_range(self.kv_positions), tile, self.batch, self.heads, device=self.device,
             **self.operands,
-        )
+        )  # fmt: skip
         # Tiles that stick out are partial: bounds count as a mask.
         if self.q_len % tile[0]:
             found[..., -1, :] = found[..., -1, :].clamp(max=PARTIAL)
         if self.kv_len % tile[1]:
             found[..., -1] = found[..., -1].clamp(max=PARTIAL)
         return lists_of(found.mT if transposed else found)
-
-    def _lists_key(self, tile: tuple[int, int], transposed: bool) -> tuple[Any, ...] | None:
-        """What the tile map depends on; None if that is not known by name."""
-        if self.ragged or any(t.is_inference() for t in self.program.tensors):
-            return None
-        if self.operands and self.program.mask_reads_operands:
-            return None
-        tensors = tuple((id(t), t._version) for t in self.program.tensors)
-        depends = self.program.mask_depends
-        return (
-            self.program.key, self.program.numbers, tensors, self.q_positions, self.kv_positions,
-            self.batch if "b" in depends else 1, self.heads if "h" in depends else 1, tile, transposed, self.device,
-        )  # fmt: skip
 
 
 # ---- kernels ----

@@ -27,17 +27,12 @@ def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(x.q.device):
             return attend(form, x)
     own = hopper.why_not(form, x) is None
-    if not torch.is_grad_enabled():
+    if not (x.wants_grad or (torch.is_grad_enabled() and any(t.requires_grad for t in form.program.tensors))):
         return hopper.run(form, x) if own else plain_forward(*_q_k_v(x), call_of(form, x))
-    call = call_of(form, x)
-    q, k, v = _q_k_v(x)
+    call, rest = call_of(form, x), x.with_(q=NOTHING, k=NOTHING, v=NOTHING)
     learned = call.learned()
-    leaves = [t for t in (q, k, v, call.sink, *learned.values()) if t is not None]
-    if any(t.requires_grad for t in leaves):
-        rest = x.with_(q=NOTHING, k=NOTHING, v=NOTHING)
-        found = _Attend.apply(q, k, v, call.sink, form, rest, call, tuple(learned), *learned.values())
-        return found  # type: ignore[return-value]
-    return hopper.run(form, x) if own else plain_forward(q, k, v, call)
+    found = _Attend.apply(*_q_k_v(x), call.sink, form, rest, call, own, tuple(learned), *learned.values())
+    return found  # type: ignore[return-value]  torch calls it Any or None
 
 
 def call_of(form: Scores, x: Inputs) -> Call:
@@ -54,18 +49,17 @@ NOTHING = torch.empty(0)
 
 
 class _Attend(torch.autograd.Function):
-    """`rest`: the inputs but q, k and v. `read`: what the score reads and a gradient is wanted for; `sources` say where
-    the program has it."""
+    """`rest`: the inputs but q, k and v. `own`: the chip has kernels of its own for it. `read`: what the score reads
+    and a gradient is wanted for; `sources` say where the program has it."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, form: Scores, rest: Inputs, call: Call,
-        sources: tuple[int | str, ...], *read: Tensor,
+        own: bool, sources: tuple[int | str, ...], *read: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x = rest.with_(q=q, k=k, v=v)
-        o, lse = hopper.run(form, x) if hopper.why_not(form, x) is None else plain_forward(q, k, v, call)
+        o, lse = hopper.run(form, rest.with_(q=q, k=k, v=v)) if own else plain_forward(q, k, v, call)
         ctx.save_for_backward(q, k, v, o, lse, *read)  # `read` so that torch sees whether it was changed in place
-        ctx.form, ctx.rest, ctx.call, ctx.sources = form, rest, call, sources
+        ctx.form, ctx.rest, ctx.call, ctx.own, ctx.sources = form, rest, call, own, sources
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -79,9 +73,9 @@ class _Attend(torch.autograd.Function):
         do = torch.zeros_like(o) if do is None else do
         x = ctx.rest.with_(q=q, k=k, v=v)
         (dq, dk, dv), dsink, found = run_backward(
-            ctx.form, x, o, lse, do, dlse, ctx.call, needed[:3], needed[3], ctx.sources
+            ctx.form, x, o, lse, do, dlse, ctx.call, ctx.own, needed[:3], needed[3], ctx.sources
         )
-        return dq, dk, dv, dsink, None, None, None, None, *(found[source] for source in ctx.sources)
+        return dq, dk, dv, dsink, None, None, None, None, None, *(found[source] for source in ctx.sources)
 
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -89,10 +83,10 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def run_backward(
     form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, call: Call,
-    needed: tuple[bool, bool, bool], sink_needed: bool, sources: Iterable[int | str],
+    own: bool, needed: tuple[bool, bool, bool], sink_needed: bool, sources: Iterable[int | str],
 ) -> tuple[Three, Tensor | None, dict[int | str, Tensor]]:  # fmt: skip
     """The gradients of (q, k, v), of the sinks, and of what the score reads, as far as they are needed."""
-    do, own, sources = _rows(do), hopper.why_not(form, x) is None, tuple(sources)
+    do, sources = _rows(do), tuple(sources)
     products: Three = (None, None, None)
     if own and any(needed):
         products = hopper.gradients(form, x, o, lse, do, dlse, needed)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from manyheads.core.expressions import EMPTY, FULL
+from manyheads.core.expressions import EMPTY, FULL, Program
+from manyheads.core.inputs import Positions
 
 
 class Lists(NamedTuple):
@@ -61,3 +63,17 @@ class Kept(Generic[Found]):
 
 
 KEPT: Kept[Lists] = Kept()
+
+
+def key_of(
+    program: Program, positions: tuple[Positions, Positions], batch: int, heads: int, operands: Mapping[str, Tensor],
+    *rest: Any,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """What a map of tiles depends on, `rest` among it; None if that is not known by name."""
+    if any(isinstance(p, Tensor) for p in positions) or any(t.is_inference() for t in program.tensors):
+        return None
+    if operands and program.mask_reads_operands:
+        return None
+    tensors, depends = tuple((id(t), t._version) for t in program.tensors), program.mask_depends
+    shared = batch if "b" in depends else 1, heads if "h" in depends else 1
+    return program.key, program.numbers, tensors, positions, *shared, *rest

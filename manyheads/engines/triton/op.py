@@ -83,13 +83,13 @@ def _gradients(
     from manyheads.engines.triton import launch
 
     x = x.with_(q=launch._rows(x.q), k=launch._rows(x.k), v=launch._rows(x.v))
-    call = launch.call_of(form, x)
+    call, own = launch.call_of(form, x), launch.hopper.why_not(form, x) is None
     names = [*range(len(form.program.tensors)), *form.operands]
     wanted = [name for name, need in zip(names, needed[3:], strict=True) if need]
     read = {gradient.source for gradient in form.program.derivative().gradients} if wanted else set()
     sources = [name for name in wanted if name in read]
     products, dsink, found = launch.run_backward(
-        form, x, o, lse, do, dlse, call, (needed[0], needed[1], needed[2]), form.sink in wanted, sources
+        form, x, o, lse, do, dlse, call, own, (needed[0], needed[1], needed[2]), form.sink in wanted, sources
     )
     found = {name: grad if isinstance(name, int) else _stored(grad, name, form, x) for name, grad in found.items()}
     if form.sink is not None and dsink is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from manyheads.core.expressions.source import Source
 from manyheads.core.forms import Scores
-from manyheads.core.inputs import Inputs, Positions
+from manyheads.core.inputs import Inputs
+from manyheads.core.rows import unseen
 from manyheads.core.tiling import position_operands
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import attend
@@ -24,7 +24,7 @@ from manyheads.engines.triton.hopper.launching import (
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of, table_of
+from manyheads.engines.triton.hopper.tables import EVERY, steps_of, table_of
 
 QUERIES = 128  # in a tile: two warp groups of 64
 
@@ -56,63 +56,30 @@ ATTEND = Kernel(
 
 
 def run(form: Scores, x: Inputs, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """(o, lse), without gradients."""
-    tiling = tiling or tiling_of(x)
-    own = {"normaliser": form.normaliser, "tiling": tiling, "sink": form.sink and x.operands[form.sink]}
-    if not (form.program.has_mask or form.program.has_score or x.ragged):
-        return forward(x.q, x.k, x.v, scale=x.scale, **own)
+    """o [batch, heads, q_len, v_head_dim] in q's dtype and the natural lse in float32, without gradients."""
+    batch, heads, q_len, _ = x.q.shape
+    o = x.q.new_empty(batch, heads, q_len, x.v_head_dim)
+    if not (x.q.numel() and x.k.numel() and x.v.numel()):
+        return o.zero_(), unseen(form, x).float().detach()
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=x.q.device)
+    keys, stages = tiling or tiling_of(x)
     operands = position_operands(form, x)
-    source = source_of(form, x, ("mask", "score"))
-    return forward(
-        x.q, x.k, x.v, scale=x.scale, source=source, arguments=source.arguments(x.q.device, **operands),
-        table=table_of(form.program, x, (QUERIES, tiling.keys), operands),
-        positions=(x.q_positions, x.kv_positions), **own,
-    )  # fmt: skip
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    source: Source | None = None,
-    arguments: tuple[Any, ...] = (),
-    table: Table | None = None,
-    positions: tuple[Positions, Positions] = (range(0), range(0)),
-    normaliser: str = "softmax",
-    sink: Tensor | None = None,
-    tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """o [batch, heads, q_len, v_head_dim] in q's dtype and the natural lse in float32: 0 and -inf for a query that sees
-    nothing.
-
-    source: Gluon functions mask and score; arguments: what they read, from source.arguments(device, ...).
-    table: which tiles the mask needs, for tiles of QUERIES by tiling.keys; None if there is no mask.
-    positions: of the queries and of the keys; of ranges the starts count. sink: float [heads].
-    """
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads, kv_len, v_head_dim = k.shape[1], k.shape[2], v.shape[3]
-    o = torch.empty(batch, heads, q_len, v_head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    if not (q.numel() and k.numel() and v.numel()):
-        nothing = {"softmax": -math.inf, "signed": -math.inf, "none": 0.0}[normaliser]
-        return o.zero_(), lse.fill_(nothing) if sink is None else lse.copy_(sink.detach()[None, :, None].expand_as(lse))
-    names = source.names if source is not None else ()
-    if "mask" in names and table is None:
-        raise ValueError("a mask needs a table of its tiles")
-    if scale <= 0 and "score" not in names:  # a masked score is -inf, and must be after scaling
+    plain = not (form.program.has_mask or form.program.has_score or x.ragged)
+    source = None if plain else source_of(form, x, ("mask", "score"))
+    table = table_of(form.program, x, (QUERIES, keys), operands)
+    q, scale = x.q, float(x.scale)
+    if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    keys, stages = tiling or TILINGS[wide(max(head_dim, v_head_dim))]
     kind, values = table or (EVERY, lse)
     shape = batch, heads, cdiv(q_len, QUERIES)
-    (q_at, kv_at), starts, steps = places(positions, q_len, kv_len, q.device)
+    at, starts, steps = places((x.q_positions, x.kv_positions), q_len, x.kv_len, q.device)
     own = (
-        descriptor(q, QUERIES // 2), descriptor(k, keys), descriptor(v, keys), descriptor(o, QUERIES // 2), lse,
-        None if sink is None else sink.detach().float().contiguous(), q_at, kv_at, values, *steps_of(table, shape),
-        heads, heads // kv_heads, q_len, kv_len, *starts, *steps, float(scale),
-        stages, kind, table is not None or kv_len % keys != 0, q_at is not None, NORMALISERS[normaliser],
+        descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
+        None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
+        *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
+        stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None, NORMALISERS[form.normaliser],
     )  # fmt: skip
+    arguments = () if source is None else source.arguments(x.q.device, **operands)
     with torch.cuda.device_of(q):
         ATTEND.run(math.prod(shape), own, source, arguments)
     return o, lse

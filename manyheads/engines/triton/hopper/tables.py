@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, Program
 from manyheads.core.inputs import Inputs, as_range
-from manyheads.engines.triton.lists import Kept
+from manyheads.engines.triton.lists import Kept, key_of
 
 EVERY, RANGES, LISTS = 0, 1, 2  # kinds of tables, as in kernels/common.py
 
@@ -89,15 +89,14 @@ def table_of(
         found = table(tiles.mT.contiguous(), x.q_len, tile[0]) if turned else table(tiles, x.kv_len, tile[1])
         return found.to(x.q.device)
 
-    tensors, numbers = program.tensors, program.numbers
-    if x.ragged or any(t.is_inference() for t in tensors) or (operands and program.mask_reads_operands):
+    positions = x.q_positions, x.kv_positions
+    key = key_of(program, positions, x.batch, x.heads, operands, tile, turned, x.q.device)
+    if key is None:
         return make()
-    versions = tuple((id(t), t._version) for t in tensors)
-    key = program.key, numbers, versions, x.q_positions, x.kv_positions, x.batch, x.heads, tile, turned, x.q.device
     found = KEPT.get(key)
     if found is None:
         found = make()
-        KEPT.put(key, found, found.values.numel(), tensors)
+        KEPT.put(key, found, found.values.numel(), program.tensors)
     return found
 
 

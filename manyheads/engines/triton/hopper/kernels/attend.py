@@ -6,10 +6,6 @@ STAGES slots each; a slot has a barrier that the copy completes (full) and one a
 Descriptors have four dimensions, so that the hardware stops at a head's last row: what is read beyond it is zero, what
 is written beyond it is dropped.
 """
-# Gluon's functions are declared as they look inside of its compiler.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -80,7 +76,7 @@ def _changed(
         s = SCORE(s * scale, b, h, i, j, A)
     elif NORMALISER == NONE:
         s = s * scale
-    if MASKED:  # noqa: SIM102
+    if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
         if partial:
             seen = inside
             if MASK is not None:

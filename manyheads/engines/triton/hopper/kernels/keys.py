@@ -3,10 +3,6 @@ queries], so that what one product gives is an operand of the next without leavi
 
 LATE: the last product of a tile is issued with the first ones of the next. DK, DV: which of the two are wanted.
 """
-# Gluon's functions are declared as they look inside of its compiler.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

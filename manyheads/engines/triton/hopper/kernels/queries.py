@@ -1,9 +1,5 @@
 """dQ of 128 queries: a producer warp group and two consumers of 64 queries. No atomics. The last product of a tile is
 issued with the first ones of the next. HELD: dO stays in registers."""
-# Gluon's functions are declared as they look inside of its compiler.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
 """What the backward pass needs of each query, whatever its keys."""
-# Gluon's functions are declared as they look inside of its compiler.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """Weights again from scores, and how a gradient goes through them. With p the weights and dp = dO V^T, the score's
 gradient is p (dp - delta) times the derivative of the score function."""
-# Gluon's functions are declared as they look inside of its compiler.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ def weights(
         slope = weight
     if DSCORE is not None:
         slope = slope * DSCORE(s * scale, b, h, i, j, A)
-    if MASKED:  # noqa: SIM102
+    if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
         if partial:  # what lies outside may have any derivative, NaN as well
             seen = inside
             if MASK is not None:
