@@ -18,9 +18,9 @@ Lai, Lu, Luo, Ma, Zhou. "FlexPrefill: A Context-Aware Sparse Attention Mechanism
 import math
 
 import torch
-import torch.nn.functional as F
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
+from manyheads.core.choosing import block_means, block_sums, fewest, past_blocks, products
 
 
 def reference(q, k, v, *, gamma=0.95, tau=0.1, block_size=128, min_budget=1024):
@@ -102,33 +102,12 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
     """Blocks that hold `gamma` of the mass; heads whose estimate is off by `tau` or more keep stripes instead."""
     least = max(1, -(-min_budget // block_size))
 
-    def sums(x):
-        """Sums over the blocks of the last dimension."""
-        return F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
-
-    def means(x, start=0):
-        """Means over the blocks of x [..., len, dim], whose first token stands at `start` in its block."""
-        there = F.pad(x.new_ones(x.shape[-2]), (start, 0))
-        return (sums(F.pad(x.mT, (start, 0))) / sums(there)).mT
-
-    def scores(q, k):
-        return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
-
-    def fewest(mass, share, least=0, first=False):
-        """The heaviest entries that hold the share, at least so many, entry 0 before all if `first`: a map."""
-        rank = mass.index_fill(-1, mass.new_zeros(1, dtype=torch.long), torch.inf) if first else mass
-        order = torch.argsort(rank, dim=-1, descending=True, stable=True)
-        ordered = mass.gather(-1, order)
-        number = torch.arange(mass.shape[-1], device=mass.device)
-        kept = (ordered.cumsum(-1) - ordered < share) | (number < least) | (share >= 1)
-        return torch.zeros_like(kept).scatter(-1, order, kept)
-
     @torch.no_grad()
     def select(q, k, *, scale, offset):
         q_len, n = q.shape[-2], k.shape[-2]
         t = torch.arange(-(-n // block_size), device=q.device)
         m = t[offset // block_size :, None]
-        past = (t <= m).expand(*q.shape[:2], -1, -1)
+        past = past_blocks(len(m), len(t), first=offset // block_size, device=q.device).expand(*q.shape[:2], -1, -1)
         if q_len <= max(2 * block_size, min_budget):
             return Blocks.from_map(past)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -136,21 +115,23 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
 
         shown, j = q[..., -block_size:, :], torch.arange(n, device=q.device)
         apart = j[-block_size:, None] - j  # query i sees key j over this distance, and over distance j the key i - j
-        a = scores(shown, k).masked_fill(apart < 0, -torch.inf).softmax(-1) / block_size
-        columns = sums(a.sum(-2))
-        diagonals = sums(a.gather(-1, apart.clamp(min=0).expand_as(a)).masked_fill(apart < 0, 0.0).sum(-2))
+        a = products(shown, k).masked_fill(apart < 0, -torch.inf).softmax(-1) / block_size
+        columns = block_sums(a.sum(-2), block_size)
+        by_distance = a.gather(-1, apart.clamp(min=0).expand_as(a)).masked_fill(apart < 0, 0.0)
+        diagonals = block_sums(by_distance.sum(-2), block_size)
 
-        k_means = means(k)
-        estimate = scores(shown.mean(-2, keepdim=True), k_means).softmax(-1).squeeze(-2)
+        k_means = block_means(k, block_size)
+        estimate = products(shown.mean(-2, keepdim=True), k_means).softmax(-1).squeeze(-2)
         both = torch.stack([estimate, columns])
         divergence = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1).mean(0)
         aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
 
         share = torch.where(aware, 0.0, gamma)
-        vertical, slash = fewest(columns, share, least, first=True), fewest(diagonals, share, least, first=True)
+        vertical, slash = (fewest(x, share, least, first=True) for x in (columns, diagonals))
         stripes = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
-        pooled = scores(means(q, offset % block_size), k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
-        cells = fewest(pooled.flatten(-2), torch.full_like(share, gamma)).view_as(pooled)
+        q_means = block_means(q, block_size, offset % block_size)
+        pooled = products(q_means, k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
+        cells = fewest(pooled.flatten(-2), gamma).view_as(pooled)
         return Blocks.from_map(past & (stripes | cells & aware[..., None]))
 
     return Selection(

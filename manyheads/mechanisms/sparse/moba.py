@@ -9,9 +9,9 @@ Lu et al. "MoBA: Mixture of Block Attention for Long-Context LLMs." 2025. arXiv:
 """
 
 import torch
-import torch.nn.functional as F
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
+from manyheads.core.choosing import best, block_means, products
 
 
 def reference(q, k, v, *, block_size=512, top_k=3):
@@ -44,17 +44,10 @@ def moba(block_size: int = 512, top_k: int = 3) -> Selection:
 
     @torch.no_grad()
     def select(q, k, *, scale, offset):
-        blocks = -(-k.shape[-2] // block_size)
-        padded = F.pad(k, (0, 0, 0, blocks * block_size - k.shape[-2]))
-        # Only whole past blocks are ever ranked, so the padding of the last one does not matter.
-        means = padded.unflatten(-2, (blocks, block_size)).mean(-2, dtype=torch.promote_types(k.dtype, torch.float32))
-        grouped = q.to(means.dtype).unflatten(1, (k.shape[1], -1))
-        likes = (grouped @ means[:, :, None].mT).flatten(1, 2)
+        likes = products(q.to(torch.promote_types(q.dtype, torch.float32)), block_means(k, block_size))
         own = (torch.arange(q.shape[-2], device=q.device) + offset)[:, None] // block_size
-        n = torch.arange(blocks, device=q.device)
+        n = torch.arange(likes.shape[-1], device=q.device)
         likes = likes.masked_fill(n >= own, -torch.inf).masked_fill(n == own, torch.inf)
-        best = likes.topk(min(top_k, blocks), dim=-1)
-        keep = torch.zeros_like(likes, dtype=torch.bool).scatter(-1, best.indices, ~best.values.isneginf())
-        return Blocks.from_map(keep)
+        return Blocks.from_map(best(likes, top_k))
 
     return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)
