@@ -7,7 +7,8 @@ Every engine is checked against float64 before it is timed: o and the gradients 
 the last queries, where the length is beyond LONG). A row is one engine on one case, forward or backward: the median of
 many runs with the 20th and 80th percentile, useful TFLOP/s, which count the products of the pairs that the mask allows
 (4 for each of them and number of the head forward, 2.5 times that backward), the seconds of the first call, and the
-memory beyond q, k, v, o and lse. Rows are appended to a file of JSON lines; a table comes last.
+memory beyond q, k, v, o and lse. An engine that takes too long, compiling for instance, is a row that says so. Rows are
+appended to a file of JSON lines; a table comes last.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import argparse
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,10 +66,26 @@ def measured(call: Callable[[], Any], seconds: float) -> dict[str, float]:
     return dict(zip(("low_ms", "median_ms", "high_ms"), times, strict=True))
 
 
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError inside, after so many seconds."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def bench(
-    name: str, shape: Shape, dtype: torch.dtype, wanted: list[str], passes: list[str], seconds: float
+    name: str, shape: Shape, dtype: torch.dtype, wanted: list[str], passes: list[str], seconds: float, limit: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a case."""
+    """The rows of a case. limit: seconds for one engine."""
     torch.manual_seed(0)
     about = case(name, shape.heads, shape.length)
 
@@ -80,33 +99,41 @@ def bench(
     for peer in wanted:
         row = {"case": name, **shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "engine": peer}
         try:
-            start = time.perf_counter()
-            run = PEERS[peer](name, about, shape)
-            if run is None:
-                continue
-            o = run(q, k, v)
-            torch.cuda.synchronize()
-            row["first_call_s"] = round(time.perf_counter() - start, 3)
-            found = [o]
-            if o.requires_grad and "backward" in passes:
-                found += torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
-            errors = [error(a, b) for a, b in zip(found, true, strict=False)]
-            if not max(errors) < BOUND:
-                raise RuntimeError(f"wrong: relative errors of o, dq, dk, dv are {errors}")
-            for which in (p for p in passes if p == "forward" or o.requires_grad):
-                if which == "forward":
-                    call = torch.no_grad()(partial(run, q, k, v))
-                else:
-                    call = partial(torch.autograd.grad, o, (q, k, v), do, retain_graph=True)
-                row["beyond_mib"] = beyond(call)
-                times = measured(call, seconds)
-                speed = products * (1 if which == "forward" else 2.5) / times["median_ms"] / 1e9
-                yield {**row, "pass": which, **times, "tflops": round(speed, 1), "error": max(errors)}
-            if peer == "ours" and name == "documents":
-                yield {**row, "case": "documents, new each time", **anew(about, run, q, k, v)}
+            with limited(limit):
+                yield from timed(row, about, shape, true, products, (q, k, v, do), passes, seconds)
         except Exception as e:  # a peer that cannot is a row, not the end
             yield {**row, "failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
         torch.cuda.empty_cache()
+
+
+def timed(
+    row: dict[str, Any], about: Case, shape: Shape, true: list[Tensor], products: float, tensors: tuple[Tensor, ...],
+    passes: list[str], seconds: float,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of one engine, which is checked first."""
+    (*qkv, do), start = tensors, time.perf_counter()
+    run = PEERS[row["engine"]](row["case"], about, shape)
+    if run is None:
+        return
+    o = run(*qkv)
+    torch.cuda.synchronize()
+    row = {**row, "first_call_s": round(time.perf_counter() - start, 3)}
+    found = [o]
+    if o.requires_grad and "backward" in passes:
+        found += torch.autograd.grad(o, qkv, do, retain_graph=True)
+    errors = [error(a, b) for a, b in zip(found, true, strict=False)]
+    if not max(errors) < BOUND:
+        raise RuntimeError(f"wrong: relative errors of o, dq, dk, dv are {errors}")
+    for which in (p for p in passes if p == "forward" or o.requires_grad):
+        if which == "forward":
+            call = torch.no_grad()(partial(run, *qkv))
+        else:
+            call = partial(torch.autograd.grad, o, qkv, do, retain_graph=True)
+        memory, times = beyond(call), measured(call, seconds)
+        speed = products * (1 if which == "forward" else 2.5) / times["median_ms"] / 1e9
+        yield {**row, "pass": which, "beyond_mib": memory, **times, "tflops": round(speed, 1), "error": max(errors)}
+    if row["engine"] == "ours" and row["case"] == "documents":
+        yield {**row, "case": "documents, new each time", **anew(about, run, *qkv)}
 
 
 def beyond(call: Callable[[], Any]) -> float:
@@ -200,12 +227,13 @@ def main() -> int:
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each row")
+    parser.add_argument("--limit", type=int, default=60, help="seconds for one engine on one case")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to append to")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/attention.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
-    about, rows = machine(), []
+    about, rows, start = machine(), [], time.perf_counter()
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -216,10 +244,11 @@ def main() -> int:
             with given.results.open("a") as file:
                 file.write(line + "\n")
 
-    for name, shape in work(given.sets):
-        if name in given.cases:
-            for row in bench(name, shape, DTYPES[given.dtype], given.peers, given.passes, given.seconds):
-                add(row)
+    todo = [(name, shape) for name, shape in work(given.sets) if name in given.cases]
+    for number, (name, shape) in enumerate(todo):
+        print(f"[{number}/{len(todo)}, {time.perf_counter() - start:.0f} s] {name} {shape}", flush=True)
+        for row in bench(name, shape, DTYPES[given.dtype], given.peers, given.passes, given.seconds, given.limit):
+            add(row)
     if "ours" in given.peers:
         add(overhead())
     print("\n" + table(rows, given.peers))
