@@ -32,7 +32,7 @@ def flex(name: str, case: Case, shape: Shape) -> Run | None:
         return None
     torch._dynamo.reset()  # beyond eight masks in a process it falls back to something else
     n, mask, score, sink = shape.length, case.form.mask, case.form.score, case.operands.get("sink")
-    blocks = None if mask is None else create_block_mask(mask, None, None, n, n, device="cuda", _compile=True)
+    blocks = None if mask is None else create_block_mask(mask, None, None, n, n, device="cuda", _compile=n > 16 * 1024)
     grouped = shape.heads != shape.kv_heads
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
