@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.core.checks import check_dropout
 from manyheads.core.forms import Form, Operand
 from manyheads.core.names import unknown
 from manyheads.dispatch import ENGINES, attention
@@ -26,6 +27,7 @@ class Attention(nn.Module):
     head_dim: default dim // heads. rope: rotary positions with base rope_theta, or None for none.
     max_len: needed by mechanisms whose scores come from positions: the longest input.
     engine: as in `manyheads.attention`.
+    dropout: of the weights, in training alone, each call with a seed that torch's generator on the device gives.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         rope_theta: float | None = 10000.0,
         max_len: int | None = None,
         engine: str = "auto",
+        dropout: float = 0.0,
         **settings: Any,
     ):
         super().__init__()
@@ -53,6 +56,7 @@ class Attention(nn.Module):
                 raise ValueError(f"{name} must be a positive integer, not {size!r}")
         if engine not in ("auto", *ENGINES):
             raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
+        check_dropout(self.form, dropout)
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; give head_dim")
         self.head_dim = head_dim or dim // heads
@@ -61,7 +65,7 @@ class Attention(nn.Module):
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide the {self.heads} query heads of {mechanism}")
         self.by_position = self.form.projections.scores_from == "positions"
-        self.dim, self.mechanism, self.engine = dim, mechanism, engine
+        self.dim, self.mechanism, self.engine, self.dropout = dim, mechanism, engine, dropout
         self.rope_theta = None if self.by_position else rope_theta
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; or rope_theta=None")
@@ -83,9 +87,12 @@ class Attention(nn.Module):
         """x [batch, len, dim]; present: bool [batch, len], False where a row is padding. Returns [batch, len, dim]."""
         return self.o(self.attend(x, present=present).transpose(1, 2).flatten(2))
 
-    def attend(self, x: Tensor, *, present: Tensor | None = None, change: Change | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, *, present: Tensor | None = None, change: Change | None = None, form: Form | None = None
+    ) -> Tensor:
         """What the heads give, [batch, heads, len, head_dim], before they are mixed. `change` maps (q, k, v) to others
-        of the same shapes, before positions rotate them."""
+        of the same shapes, before positions rotate them; `form` is computed in place of the layer's own, which must
+        have the same operands."""
         positions = positions_of(x, present, self.dim)
         q, k = self._from_positions(x, positions) if self.by_position else self._from_content(x)
         v = split(self.v(x), self.kv_heads)
@@ -94,9 +101,12 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
             q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
+        rate = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (1,), device=x.device) if rate else None  # which nobody waits for
         return attention(
-            q, k, v, self.form, engine=self.engine,
-            q_positions=positions, kv_positions=positions, **{n: source(x) for n, source in self.operands.items()},
+            q, k, v, form or self.form, engine=self.engine,
+            q_positions=positions, kv_positions=positions, dropout=rate, seed=seed,
+            **{n: source(x) for n, source in self.operands.items()},
         )  # fmt: skip
 
     def _from_content(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,17 @@ def test_equals_its_reference(name, settings, length):
     found = layers.get(name)
     module = made(name, settings)
     x = example_x(settings, length).requires_grad_()
-    check_same(found, module, x, module(x), found.reference(module, x))
+    check_same(found, module, x, module(x), found.reference(module, x), all_used=found.losses is None)
+
+
+@cases(lambda found, settings: found.losses is not None)
+def test_every_parameter_changes_outputs_or_losses(name, settings):
+    """A choice that passes no gradient is learned from a loss alone."""
+    module = made(name, settings)
+    x = example_x(settings)
+    (module(x).square().sum() + sum(module.losses(x).values())).backward()
+    for parameter, value in module.named_parameters():
+        assert value.grad is not None and value.grad.abs().sum() > 0, f"{parameter} changes nothing"
 
 
 @cases(lambda found, settings: found.losses is not None)
@@ -140,14 +150,14 @@ def test_says_that_it_sees_the_future_only_if_it_does(name, settings):
     module = made(name, settings)
     x = example_x(settings)
     changed = x.clone()
-    changed[:, -1] += 1
-    assert not torch.allclose(module(x)[:, 0], module(changed)[:, 0])
+    changed[:, -1] = 10 * torch.randn_like(changed[:, -1])
+    assert not torch.allclose(module(x)[:, :-1], module(changed)[:, :-1])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @cases()
 def test_a_padded_row_equals_the_row_alone(name, settings, side):
-    """Outputs and losses, with garbage where no token is."""
+    """With garbage where no token is."""
     found, module = layers.get(name), made(name, settings)
     assert takes_present(module)
     lengths = [LENGTH, 7, 1, 0]
@@ -161,10 +171,21 @@ def test_a_padded_row_equals_the_row_alone(name, settings, side):
     assert out[~present].eq(0).all()
     for b, row in enumerate(rows[:3]):
         close(out[b, row], module(x[b : b + 1, row])[0], found)
-    if found.losses:
-        alone = module.losses(x[present][None])
-        for loss, value in module.losses(x, present=present).items():
-            close(value, alone[loss], found)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@cases(lambda found, settings: found.losses is not None)
+def test_padding_changes_no_losses(name, settings, side):
+    """Two rows and an empty one give what the two give without padding: a loss may mix a row's tokens."""
+    found, module = layers.get(name), made(name, settings)
+    x = example_x(settings, batch=3)
+    row = slice(LENGTH - 7, None) if side == "left" else slice(0, 7)
+    present = torch.zeros(3, LENGTH, dtype=torch.bool)
+    present[:2, row] = True
+    x[~present] = 1e3
+    alone = module.losses(x[:2, row])
+    for loss, value in module.losses(x, present=present).items():
+        close(value, alone[loss], found)
 
 
 # ---- what single layers promise ----

@@ -361,14 +361,15 @@ def alone(operand, value, b, row):
 
 
 def has_lse(form):
-    """Weights that nothing divides have none."""
-    return (form.scores if isinstance(form, Selection) else form).normaliser != "none"
+    return (form.scores if isinstance(form, Selection) else form).has_lse
 
 
 @cases(Scores)
 def test_split_and_merged_equals_whole(name, settings, make_inputs):
     """Keys in three uneven parts, out of order, each known by its positions. One part has the sink."""
     form = get(name)(**settings)
+    if form.normaliser == "entmax":
+        pytest.skip("entmax looks at all keys at once")
     x = make_inputs(form, 9, 20, kv_heads=2)
     asked = {"return_lse": True} if has_lse(form) else {}
     whole = attention(*x.tensors, form, engine="eager", **asked, **x.operands)
@@ -595,7 +596,7 @@ def test_reference_takes_the_settings_and_operands(name):
     assert {n: p.default for n, p in taken.items() if n not in ("q", "k", "v")} == expected
 
 
-@pytest.mark.parametrize("name", [n for n in names() if get(n).at])
+@pytest.mark.parametrize("name", [n for n in names() if get(n).at and not isinstance(get(n)(), Function)])
 def test_settings_for_a_context_keep_about_a_quarter(name, make_inputs):
     """Of the keys that the last query of 2048 may see."""
     form = get(name)(**get(name).at(2048))

@@ -470,9 +470,11 @@ def test_a_training_step_reaches_every_projection(prompts, name, checkpointing):
             loss.backward()
             projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
             for parameter in (*projections, *operands):
-                assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
+                assert parameter.grad is not None and parameter.grad.isfinite().all()
             step.step()
             losses.append(loss.item())
+        # Not in the first step: what an operand that begins at zero is multiplied with has no gradient there.
+        assert all(parameter.grad.abs().max() > 0 for parameter in (*projections, *operands))
     assert losses[-1] < losses[0]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from manyheads.core.forms import Blocks
 
 
 def block_means(x: Tensor, size: int, start: int = 0) -> Tensor:
@@ -12,9 +16,12 @@ def block_means(x: Tensor, size: int, start: int = 0) -> Tensor:
 
     The first token stands at place `start` of its block; the first and the last block may hold fewer than `size`.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    there = F.pad(wide.new_ones(x.shape[-2]), (start, 0))
-    return (block_sums(F.pad(wide.mT, (start, 0)), size) / block_sums(there, size)).mT
+    first = min(-start % size, x.shape[-2])
+    whole = (x.shape[-2] - first) // size
+    head, body, tail = x.split([first, whole * size, x.shape[-2] - first - whole * size], -2)
+    blocks = head[..., None, :, :], body.unflatten(-2, (whole, size)), tail[..., None, :, :]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.cat([block.mean(-2, dtype=wide) for block in blocks if block.shape[-2]], -2)
 
 
 def block_sums(x: Tensor, size: int) -> Tensor:
@@ -27,6 +34,12 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
 
 
+def by_runs(choose: Callable[[Tensor, int], Tensor], q: Tensor, offset: int, size: int = 128) -> Tensor:
+    """choose(q of some queries, the first one's position) -> [..., queries, m], a run of queries at a time: for choices
+    that score so many keys that the scores of all queries would not fit in memory."""
+    return torch.cat([choose(run, offset + n * size) for n, run in enumerate(q.split(size, -2))], -2)
+
+
 def past_blocks(queries: int, keys: int, *, first: int, device: torch.device) -> Tensor:
     """bool [queries, keys]: for blocks of one size on both sides, those that begin no later; the first block of queries
     is number `first`."""
@@ -37,6 +50,12 @@ def best(likes: Tensor, count: int) -> Tensor:
     """bool map of the `count` largest entries of each row; -inf is never among them, +inf always first."""
     top = likes.topk(min(count, likes.shape[-1]), dim=-1)
     return torch.zeros_like(likes, dtype=torch.bool).scatter(-1, top.indices, ~top.values.isneginf())
+
+
+def best_blocks(likes: Tensor, count: int) -> Blocks:
+    """The same as lists; no map is made."""
+    top = likes.topk(min(count, likes.shape[-1]), dim=-1)
+    return Blocks.from_indices(top.indices, ~top.values.isneginf())
 
 
 def fewest(mass: Tensor, share: Tensor | float, least: int = 0, *, first: bool = False) -> Tensor:

@@ -10,8 +10,8 @@ Lu et al. "MoBA: Mixture of Block Attention for Long-Context LLMs." 2025. arXiv:
 
 import torch
 
-from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import best, block_means, products
+from manyheads.core import Law, Scores, Selection, mechanism
+from manyheads.core.choosing import best_blocks, block_means, products
 
 
 def reference(q, k, v, *, block_size=512, top_k=3):
@@ -48,6 +48,6 @@ def moba(block_size: int = 512, top_k: int = 3) -> Selection:
         own = (torch.arange(q.shape[-2], device=q.device) + offset)[:, None] // block_size
         n = torch.arange(likes.shape[-1], device=q.device)
         likes = likes.masked_fill(n >= own, -torch.inf).masked_fill(n == own, torch.inf)
-        return Blocks.from_map(best(likes, top_k))
+        return best_blocks(likes, top_k)
 
     return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)

@@ -1,0 +1,1 @@
+"""Layers that choose which tokens each head attends to."""

@@ -1,0 +1,130 @@
+"""DHSA: keys are cut into chunks where they change, and a block of queries sees the tokens of the chunks it likes best.
+
+    b_i = -cos(mean(k_{i-3}, ..., k_i), mean(k_{i+1}, ..., k_{i+4})),   over the channels of all heads
+    a chunk ends at i if no b within 8 of it is greater, and b_i is among the n / chunk_size greatest that are left
+    K_c = (sum of k_j in chunk c) / sqrt(|c|),   s_mj = mean(Q_m) . K_{chunk(j)}, both means over the heads as well
+
+Query block m sees as many keys as `keys` says: the last `local` up to its end, the `first` ones, then those with the greatest s_mj,
+the earlier of two in one chunk; never fewer than its own. All heads see the same. Blocks that hold one of the last
+`instruction` queries of a prompt are dense. o_i is softmax attention over the keys j <= i of these.
+
+Where a chunk ends is said in the paper by a small trained network that reads the same two windows, and its similarity
+among other features; here that feature alone says it, so that no weights are needed.
+
+Xiong, Zou, Fekri, Cho. "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs." 2025.
+arXiv:2510.24606.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from manyheads.core import Blocks, Law, Scores, Selection, mechanism
+from manyheads.core.choosing import best, block_means, by_runs
+
+SIDE, APART = 4, 8  # keys on either side of a boundary, and between two boundaries
+
+
+def reference(q, k, v, *, keys=2048, query_block=64, chunk_size=64, local=128, first=128, instruction=64):
+    n, out = k.shape[-2], torch.zeros(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
+    offset = n - q.shape[-2]
+    for b in range(q.shape[0]):
+        chunks, chosen = _chunks(k[b], chunk_size), {}
+        for row in range(q.shape[2]):
+            i, m = offset + row, (offset + row) // query_block
+            end = min((m + 1) * query_block, n)
+            if m not in chosen:
+                mean = q[b, :, max(0, m * query_block - offset) : end - offset].mean((0, 1))
+                s = {j: (mean @ k[b, :, c].mean(0).sum(0)).item() / len(c) ** 0.5 for c in chunks for j in c}
+                recent = max(local, query_block)
+                forced = {j for j in range(end) if j < first or j >= end - recent}
+                ranked = sorted(range(end), key=lambda j: (j not in forced, -s[j], j))
+                dense = end > n - instruction and q.shape[2] > instruction
+                chosen[m] = set(range(end)) if dense else set(ranked[: max(keys, first + recent)])
+            seen = [j for j in range(i + 1) if j in chosen[m]]
+            for h in range(q.shape[1]):
+                out[b, h, row] = (k[b, h, seen] @ q[b, h, row] / q.shape[-1] ** 0.5).softmax(-1) @ v[b, h, seen]
+    return out
+
+
+def _chunks(k, size):
+    """The chunks of keys [heads, n, dim], as lists of positions."""
+    n, scores = k.shape[1], {}
+    for i in range(SIDE - 1, n - SIDE):
+        left, right = k[:, i - SIDE + 1 : i + 1].mean(1), k[:, i + 1 : i + 1 + SIDE].mean(1)
+        scores[i] = -F.cosine_similarity(left.flatten(), right.flatten(), dim=0).item()
+    peaks = [i for i in scores if all(scores.get(i + d, -2) <= scores[i] for d in range(-APART, APART + 1))]
+    ends = sorted(sorted(peaks, key=lambda i: -scores[i])[: n // size])
+    return [list(range(start, end + 1)) for start, end in zip([0, *(i + 1 for i in ends)], [*ends, n - 1], strict=True)]
+
+
+def at(context):
+    part = context // 32
+    return {"keys": context // 4, "query_block": 2 * part, "local": 2 * part, "first": part, "instruction": 0}
+
+
+@mechanism(
+    reference=reference,
+    arxiv="2510.24606",
+    system="dhsa",
+    examples=(
+        {"keys": 6, "query_block": 4, "chunk_size": 4, "local": 3, "first": 1, "instruction": 0},
+        {"keys": 5, "query_block": 1, "chunk_size": 6, "local": 1, "first": 0, "instruction": 3},
+        {"keys": 7, "query_block": 3, "chunk_size": 5, "local": 2, "first": 2, "instruction": 4},
+    ),
+    laws=(
+        Law({"keys": 10**6, "query_block": 2, "chunk_size": 4}, "causal"),
+        Law({"keys": 3, "query_block": 2, "chunk_size": 4, "local": 10**6}, "causal"),
+    ),
+    sees_future="where a chunk ends depends on later keys, and a block of queries chooses by its mean",
+    at=at,
+    ranges={"first": (0, math.inf), "instruction": (0, math.inf)},
+)
+def dhsa(
+    keys: int = 2048, query_block: int = 64, chunk_size: int = 64, local: int = 128, first: int = 128,
+    instruction: int = 64,
+) -> Selection:  # fmt: skip
+    """So many `keys` for each block of queries, `local` and `first` ones among them; chunks of `chunk_size` on average,
+    or longer."""
+    recent = max(local, query_block)
+
+    @torch.no_grad()
+    def select(q, k, *, scale, offset):
+        (batch, heads, q_len, _), n = q.shape, k.shape[-2]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        chunk = _chunk_numbers(k.to(wide), chunk_size)
+        k_mean, at = k.to(wide).mean(1), chunk[..., None].expand(-1, -1, k.shape[-1])
+        sums = k_mean.new_zeros(batch, n // chunk_size + 1, k.shape[-1]).scatter_add(1, at, k_mean)
+        sizes = k_mean.new_zeros(sums.shape[:2]).scatter_add(1, chunk, torch.ones_like(k_mean[..., 0]))
+        k_chunks = sums / sizes.clamp(min=1).sqrt()[..., None]
+        q_means = block_means(q.to(wide).mean(1), query_block, offset % query_block)
+        j = torch.arange(n, device=q.device)
+
+        def choose(q_means, block):
+            ends = (torch.arange(block, block + q_means.shape[1], device=q.device)[:, None] + 1) * query_block
+            ends = ends.clamp(max=n)
+            s = (q_means @ k_chunks.mT).gather(-1, chunk[:, None].expand(-1, q_means.shape[1], -1))
+            s = s.masked_fill((j < first) | (j >= ends - recent), torch.inf).masked_fill(j >= ends, -torch.inf)
+            # Keys of one chunk are equally good. The first ones are taken, on any device.
+            order = s.argsort(dim=-1, descending=True, stable=True)[..., : max(keys, recent + first)]
+            keep = torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, True)
+            dense = ends > n - instruction if q_len > instruction else ends < 0
+            return (j < ends) & (keep | dense)
+
+        keep = by_runs(choose, q_means, offset // query_block, 16)
+        return Blocks.from_map(keep[:, None].expand(-1, heads, -1, -1))
+
+    return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=query_block, key_block=1)
+
+
+def _chunk_numbers(k, size):
+    """Which chunk each key is in, [batch, n], counted from 0: of keys [batch, kv_heads, n, dim]."""
+    n, x = k.shape[-2], k.transpose(1, 2).flatten(2)
+    if n < 2 * SIDE:
+        return torch.zeros(k.shape[0], n, dtype=torch.long, device=k.device)
+    sides = x.unfold(1, SIDE, 1).mean(-1)
+    score = -F.cosine_similarity(sides[:, :-SIDE], sides[:, SIDE:], dim=-1)
+    peak = score >= F.max_pool1d(score[:, None], 2 * APART + 1, 1, APART)[:, 0]
+    ends = F.pad(best(score.masked_fill(~peak, -torch.inf), n // size), (SIDE - 1, SIDE))
+    return ends.cumsum(-1) - ends.long()

@@ -1,0 +1,67 @@
+"""HyperAttention: hashes in Gray's order, sums without bias, errors that shrink, heavy keys that are found."""
+
+import torch
+
+from manyheads import attention
+from manyheads.mechanisms.sparse.hyper_attention import directions, gray_rank
+from tests.test_mechanisms import Memory
+
+
+def test_buckets_beside_each_other_differ_in_one_sign():
+    signs = torch.tensor([[(n >> bit & 1) * 2.0 - 1 for bit in range(4)] for n in range(16)])
+    ranks = gray_rank(signs, torch.eye(4))
+    assert ranks.sort().values.tolist() == list(range(16))
+    assert ((signs[ranks.argsort()].diff(dim=0) != 0).sum(1) == 1).all()
+
+
+def test_directions_are_normal_and_the_same_for_more_channels():
+    g = directions(512, 16, 3)
+    assert g[:64].equal(directions(64, 16, 3)) and not g.equal(directions(512, 16, 4))
+    error = g.numel() ** -0.5
+    assert abs(g.mean()) < 4 * error and abs(g.var() - 1) < 4 * 2**0.5 * error
+
+
+def estimates(q, k, samples, seeds=1000):
+    """Of the sum of exp(s) over 64 keys, by one query, in units of the sum: [seeds]. The key of lowest rank is in the
+    query's own block whatever is drawn, so its weight is its own e^s over that sum."""
+    e = (q @ k.mT * 8**-0.5).exp().flatten()
+    found = []
+    for seed in range(seeds):
+        lowest = gray_rank(k[0, 0], directions(8, 7, seed)).argsort(stable=True)[0]
+        v = torch.zeros(1, 1, 64, 1, dtype=torch.float64)
+        v[:, :, lowest] = 1.0
+        settings = {"block_size": 8, "samples": samples, "min_len": 1, "causal": False, "draw": seed}
+        found.append(e[lowest] / attention(q, k, v, "hyper_attention", **settings).item() / e.sum())
+    return torch.stack(found)
+
+
+def test_sums_have_no_bias_and_errors_shrink_with_the_root_of_the_samples():
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 64, 8, dtype=torch.float64)
+    few, many = estimates(q, k, 4), estimates(q, k, 64)
+    for found in (few, many):
+        assert abs(found.mean() - 1) < 3 * found.std() / len(found) ** 0.5
+    assert 3.2 < few.std() / many.std() < 4.8
+
+
+def test_hashes_find_heavy_keys():
+    """Each query has one key of its own direction, which holds most of its mass; sampling alone rarely meets it."""
+    k = torch.randn(1, 1, 512, 32, dtype=torch.float64)
+    q, v = 1.5 * k[:, :, torch.randperm(512)], torch.randn_like(k)
+    exact = attention(q, k, v, "full")
+
+    def error(projections):
+        settings = {"block_size": 32, "samples": 32, "min_len": 1, "causal": False, "projections": projections}
+        return (attention(q, k, v, "hyper_attention", **settings) - exact).norm() / exact.norm()
+
+    assert error(7) < 0.6 * error(1)
+
+
+def test_short_texts_are_exact_and_hold_no_square_of_scores():
+    q, k, v = torch.randn(3, 1, 1, 600, 4, dtype=torch.float64, requires_grad=True)
+    with Memory() as used:
+        o = attention(q, k, v, "hyper_attention")
+        (grad,) = torch.autograd.grad(o.square().sum(), k)
+    assert used.largest < 600 * 600 * 8 / 2
+    expected = attention(q, k, v, "causal")
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), k)[0])
