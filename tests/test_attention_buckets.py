@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from manyheads.core.rotary_waves import choose_bases, turning_points, waveform
 from manyheads.nn import rotate
 
 transformers = pytest.importorskip("transformers")
 
-from manyheads.integrations.transformers.attention_buckets import (  # noqa: E402  it needs transformers
-    attention_buckets,
-    choose_bases,
-    turning_points,
-    vote,
-    waveform,
-)
+from manyheads.integrations.transformers.attention_buckets import attention_buckets, vote  # noqa: E402  it needs transformers
 
 # float32 in batches of other sizes: see tests/test_transformers.py. Another base moves logits by 0.1 and more.
 CLOSE = dict(atol=2e-4, rtol=0)

@@ -1,5 +1,6 @@
 """Studies calculate what counting by hand gives, and show what their papers found."""
 
+import math
 from itertools import combinations, product
 from statistics import mean
 
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads import studies
 from manyheads.core.study import table
+from manyheads.studies.attention_buckets import attention_buckets
 from manyheads.studies.decoding_intensity import attend, decoding_intensity, feed
 
 RIDGE = 989.4e12 / 3.35e12  # of an H100
@@ -194,3 +196,40 @@ def test_the_command_prints_the_table(capsys):
 
 def test_a_table_is_aligned():
     assert table([{"a": "long", "b": 1.0}, {"a": "x", "b": 12345.6}]) == "a     b\nlong  1\nx     1.235e+04"
+
+
+# ---- attention buckets ----
+
+
+def test_more_copies_leave_less_overlooked():
+    for bases in ("published", "chosen"):
+        table = attention_buckets(bases=bases)
+        assert [row["copies"] for row in table] == [1, 2, 3, 4, 5, 6] and table[0]["base"] == 10000
+        for name, sign in (("open troughs", -1), ("least score", 1)):
+            values = [sign * row[name] for row in table]
+            assert values == sorted(values) and values[-1] > values[0]
+
+
+def test_overlooked_distances_equal_counting_by_hand():
+    def score(m, base):
+        return 2 * sum(math.cos(m * base ** (-2 * c / 16)) for c in range(8))
+
+    near, distances = 5, range(200, 901)
+    table = attention_buckets(copies=2, head_dim=16, first=200, last=900, near=near)
+    curves = [[score(m, base) for m in distances] for base in (10000.0, 17500.0)]
+    inner = range(50, len(distances) - 50)
+    troughs = [m for m in inner if curves[0][m] == min(curves[0][m - 50 : m + 51])]
+    peaks = [m for m in inner if curves[1][m] == max(curves[1][m - 50 : m + 51])]
+    still = [m for m in troughs if all(abs(m - p) > near for p in peaks)]
+    assert [row["open troughs"] for row in table] == [len(troughs), len(still)]
+    assert 0 < len(still) < len(troughs)
+    least = [min(curves[0]), min(map(max, *curves))]
+    assert [row["least score"] for row in table] == pytest.approx(least)
+
+
+def test_buckets_refuse_what_cannot_be():
+    for given, message in (
+        ({"copies": 7}, "published"), ({"first": 1000, "last": 1100}, "1101"), ({"bases": "best"}, "chosen"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            attention_buckets(**given)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def queries_and_keys(model: Any, tokens: Tensor, layers: Iterable[int]) -> dict[int, tuple[Tensor, Tensor]]:
-    """{layer: (q [1, heads, len, head_dim], k [1, kv_heads, len, head_dim])} after rotary positions, for `layers`.
+    """The first two of what `queries_keys_and_values` gives."""
+    return {layer: (q, k) for layer, (q, k, _) in queries_keys_and_values(model, tokens, layers).items()}
+
+
+@torch.no_grad()
+def queries_keys_and_values(
+    model: Any, tokens: Tensor, layers: Iterable[int]
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """{layer: (q [1, heads, len, head_dim], k [1, kv_heads, len, head_dim], v)} after rotary positions, for `layers`.
 
     The model is run once, without a cache, and left as it was.
     """
@@ -24,7 +31,7 @@ def queries_and_keys(model: Any, tokens: Tensor, layers: Iterable[int]) -> dict[
 
     def capture(module, query, key, value, attention_mask, **kwargs):
         if module.layer_idx in wanted:
-            seen[module.layer_idx] = (query.detach().clone(), key.detach().clone())
+            seen[module.layer_idx] = tuple(x.detach().clone() for x in (query, key, value))
         return sdpa(module, query, key, value, attention_mask, **kwargs)
 
     name, before = "manyheads_capture", model.config._attn_implementation
