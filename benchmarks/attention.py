@@ -48,7 +48,7 @@ def truth(about: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tens
     rows = slice(-LAST, None) if q.shape[2] > LONG else slice(None)
     leaves = [t.detach().double().requires_grad_() for t in (q[:1, :group, rows], k[:1, :1], v[:1, :1])]
     operands = {name: t[:group] for name, t in about.operands.items()}
-    x = build_inputs(about.form, leaves[0], leaves[1], leaves[2], None, None, None, None, operands)
+    x = build_inputs(about.form, leaves[0], leaves[1], leaves[2], None, None, None, None, operands, about.dropout, 0)
     o, _ = eager.run(about.form, x)
     grads = torch.autograd.grad(o, leaves, do[:1, :group, rows].double())
     return [o.detach(), grads[0]] if q.shape[2] > LONG else [o.detach(), *grads]

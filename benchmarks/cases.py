@@ -23,11 +23,12 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A form, its operands, and how many pairs of tokens count: those that the mask allows."""
+    """A form, its operands, and how many pairs of tokens count: those that the mask allows. dropout: a rate."""
 
     form: Scores
     operands: dict[str, Tensor]
     pairs: Callable[[int], float]
+    dropout: float = 0.0
 
 
 def causal_pairs(n: int) -> float:
@@ -83,6 +84,10 @@ def case(name: str, heads: int, length: int, device: str = "cuda") -> Case:
         return Case(form, {}, causal_pairs)
     if name == "signed":
         return Case(Scores(mask=causal, normaliser="signed"), {}, causal_pairs)
+    if name == "dropout":
+        return plain(causal, None, causal_pairs)._replace(dropout=0.1)
+    if name == "entmax":
+        return Case(Scores(mask=causal, normaliser="entmax", alpha=1.5), {}, causal_pairs)
     if name == "prefix":
         n_prefix = min(PREFIX, length)
         return plain(
@@ -106,7 +111,7 @@ def case(name: str, heads: int, length: int, device: str = "cuda") -> Case:
 
 NAMES = (
     "full", "causal", "window", "softcap", "alibi", "bias", "sinks", "sigmoid", "signed", "documents", "prefix",
-    "dilation", "window_softcap", "window_alibi",
+    "dilation", "window_softcap", "window_alibi", "dropout", "entmax",
 )  # fmt: skip
 
 K = 1024

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SCORES = ("full", "causal", "softcap", "alibi")
+SCORES = ("full", "causal", "softcap", "alibi", "dropout")
+ALPHAS = {"entmax": 1.5, "sparsemax": 2.0, "alphas": "alpha"}
 LIMIT = 227 * 1024  # bytes of shared memory of one program on Hopper
 
 
@@ -41,16 +42,19 @@ def form_of(name: str):
     """A form, made from new functions."""
     import torch
 
-    from manyheads.core.forms import Scores
+    from manyheads.core.forms import Operand, Scores
 
     slopes = torch.rand(16)
 
     def causal(b, h, i, j):
         return j <= i
 
+    if name in ALPHAS:
+        return Scores(mask=causal, normaliser="entmax", alpha=ALPHAS[name], operands={"alpha": Operand("heads")})
     return {
         "full": lambda: Scores(),
         "causal": lambda: Scores(mask=causal),
+        "dropout": lambda: Scores(mask=causal),
         "softcap": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: 50.0 * torch.tanh(s / 50.0)),
         "alibi": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: s - slopes[h] * (i - j)),
     }[name]()
@@ -60,25 +64,38 @@ def form_of(name: str):
 
 
 def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from manyheads.engines.triton.hopper import backward, forward
+    from manyheads.engines.triton.hopper import backward, entmax, forward, given_levels, launching
 
-    for name in SCORES:
-        form = form_of(name)
+    for name in ALPHAS:
+        form, known = given_levels.scaled(form_of(name)), given_levels.power_of(form_of(name)).known
+        for width in forward.TILINGS:
+            keys, stages = forward.TILINGS[width]
+            boxes = {"q_desc": 64, "k_desc": keys}
+            constants = {"KIND": 1, "MASKED": True, "POSITIONS": False, "q_at": None, "kv_at": None, "STAGES": stages}
+            constants |= {"FIRST": False, "POWER": known} | ({"powers": None} if known else {})
+            yield f"levels {name} {width}", partial(compiled, entmax.LEVELS, form, boxes, width, constants)
+    for name in (*SCORES, *ALPHAS):
+        form = form_of(name) if name in SCORES else given_levels.given_levels(form_of(name), given_levels.weights, 0)
         masked, kind = form.program.has_mask, 1 if form.program.has_mask else 0
-        common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "NORMALISER": 0, "q_at": None, "kv_at": None}
+        common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "q_at": None, "kv_at": None}
+        common["NORMALISER"] = launching.NORMALISERS[form.normaliser]
+        common |= {} if name == "dropout" else dict.fromkeys(launching.DROPOUT)
         for width in forward.TILINGS:
             keys, stages = forward.TILINGS[width]
             boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
             constants = {**common, "STAGES": stages, "sink": None}
             yield f"attend {name} {width}", lambda a=(forward.ATTEND, form, boxes, width, constants): compiled(*a)
-            tiling = backward.KEYS_TILINGS[width, form.program.has_score]
-            boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
-            boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
-            for dk, dv in ((True, False), (False, True)) if tiling.apart else ((True, True),):
-                constants = {**common, "Q_STAGES": tiling.q, "DO_STAGES": tiling.do, "LATE": tiling.late}
-                constants |= {"DK": dk, "DV": dv}
-                label = f"keys {name} {width}" + ("" if dk and dv else " dK" if dk else " dV")
-                yield label, lambda a=(backward.KEYS, form, boxes, width, constants): compiled(*a)
+            scored = form.program.has_score or name == "dropout"
+            halves = [backward.HALVES_TILINGS[width]] if name == "causal" else []  # over blocks of 64 keys
+            for tiling in (backward.KEYS_TILINGS[width, scored], *halves):
+                boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
+                boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+                for dk, dv in ((True, False), (False, True)) if tiling.apart else ((True, True),):
+                    constants = {**common, "Q_STAGES": tiling.q, "DO_STAGES": tiling.do, "LATE": tiling.late}
+                    constants |= {"DK": dk, "DV": dv, "HALVES": tiling.halves} | ({"KIND": 3} if tiling.halves else {})
+                    label = f"{'halves' if tiling.halves else 'keys'} {name} {width}"
+                    label += "" if dk and dv else " dK" if dk else " dV"
+                    yield label, lambda a=(backward.KEYS, form, boxes, width, constants): compiled(*a)
             keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
             boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
             constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
@@ -100,7 +117,8 @@ def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constant
     entry = kernel.entry(source)
     numbers = {"fp32": "fp32", "inverse": "fp32", "i64": "i64", "pointer": "*fp32"}
     types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
-    types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32"}
+    types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32", "seed": "*i64"}
+    types |= {"inflation": "fp32", "level": "*fp32", "powers": "*fp32", "ahead": "*i32"}
     types |= {name: descriptor(rows) for name, rows in boxes.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in entry.arg_names}
     places = {name: (k,) for k, name in enumerate(entry.arg_names)}
@@ -127,6 +145,61 @@ def read(kernel: Any) -> Found:
     assert found is not None
     count = {name: len(re.findall(rf"\b{name}\b", text)) for name in ("STL", "HGMMA")}
     return Found(int(found[1]), kernel.metadata.shared, count["STL"], count["HGMMA"])
+
+
+# ---- recurrences ----
+
+WRITES = {"add": (), "channels": ("A",), "delta": ("T", "BETA"), "delta channels": ("A", "B", "T", "BETA")}
+LEFT_OUT = {  # what nobody asks for in a launch
+    "walk": ("U", "TRANSITION", "TOTALS", "STATES"), "walk segments": ("Q", "O", "START", "U", "STATES"),
+    "walk states": ("O", "TRANSITION", "TOTALS", "END"), "back": ("TRANSITION", "TOTALS"),
+    "back segments": ("START", "Z", "STATES"),
+}  # fmt: skip
+
+
+def recurrence_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for writes in WRITES:
+        launches = [*LEFT_OUT, "gradients", *(["inner"] if "channels" in writes else [])]
+        launches += [*(["pairs"] if "channels" in writes else []), *(["solve"] if "delta" in writes else [])]
+        for launch in launches:
+            for width in (64, 128, 256):
+                if not ("segments" in launch and "delta" in writes and width > 128):
+                    yield f"{launch} {writes} {width}", partial(recurrence, launch, writes, width)
+
+
+def recurrence(launch: str, writes: str, width: int) -> Any:
+    from importlib import import_module
+
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from manyheads.engines.triton.chunked import tables
+
+    name = launch.split()[0]
+    kernel = getattr(import_module(f"manyheads.engines.triton.chunked.kernels.{name}"), name)
+    alone = {"pairs": tables.Tile(0, 8, 1), "solve": tables.Tile(0, 4, 1)}  # as call.py has them
+    tile = alone.get(name) or tables.tile(name, 2, width, width, "channels" in writes)
+    constants: dict[str, Any] = {"D": width, "DV": width, "PD": width, "BV": tile.columns, "BK": tile.columns}
+    constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "UNIT": 1, "SIMULATED": False}
+    read = {"A", "B", "T", "BETA", *(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB"))}
+    read |= set(() if "channels" in writes else ("DA", "DB"))
+    absent = {*LEFT_OUT.get(launch, ()), *(read - set(WRITES[writes]))}
+    if launch == "walk states" and "delta" in writes:
+        absent.discard("U")
+    constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {
+        n: None for n in kernel.arg_names if n in absent
+    }
+    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "G", "BETA", "DG", "DBETA"}
+    wide |= {"DQ_PART", "DK_PART", "DG_PART"} | ({"DQ", "DK"} if name == "gradients" and "channels" in writes else set())
+    types = {n: "*fp32" if n in wide else "*bf16" if n.isupper() or n == "DV_" else "i32" for n in kernel.arg_names}
+    types |= {"scale": "fp32"} if "scale" in types else {}
+    types |= dict.fromkeys(constants, "constexpr")
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and "_" in n and n not in free)]
+    aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 
 
 # ---- the plain kernels ----
@@ -184,8 +257,9 @@ def check(only: str) -> dict[str, Any]:
     import triton
 
     rows: dict[str, Any] = {"triton": triton.__version__}
-    hopper = [] if only == "plain" else list(hopper_kernels())
-    for name, make in [*hopper, *([] if only == "hopper" else plain_kernels())]:
+    hopper = list(hopper_kernels()) if only in ("hopper", "all") else []
+    hopper += list(recurrence_kernels()) if only in ("recurrences", "all") else []
+    for name, make in [*hopper, *(plain_kernels() if only in ("plain", "all") else [])]:
         start = time.perf_counter()
         try:
             kernel = make()
@@ -225,7 +299,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tritons", nargs="*", default=[], help="versions to check beside the one that is installed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tritons", help="where they go")
-    parser.add_argument("--only", choices=("hopper", "plain", "all"), default="all", help="which kernels")
+    parser.add_argument("--only", choices=("hopper", "recurrences", "plain", "all"), default="all", help="which kernels")
     parser.add_argument("--json", action="store_true", help="print nothing but the rows of the installed one")
     given = parser.parse_args()
     found = check(given.only)

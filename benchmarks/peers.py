@@ -16,7 +16,7 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [batch, heads, lengt
 
 def ours(name: str, case: Case, shape: Shape) -> Run | None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = build_inputs(case.form, q, k, v, None, None, None, None, case.operands)
+        x = build_inputs(case.form, q, k, v, None, None, None, None, case.operands, case.dropout, 0)
         why = kernels.why_not(case.form, x)
         if why is not None:
             raise RuntimeError(why)
@@ -28,7 +28,7 @@ def ours(name: str, case: Case, shape: Shape) -> Run | None:
 def flex(name: str, case: Case, shape: Shape) -> Run | None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if case.form.normaliser != "softmax":
+    if case.form.normaliser != "softmax" or case.dropout:
         return None
     torch._dynamo.reset()  # beyond eight masks in a process it falls back to something else
     n, mask, score, sink = shape.length, case.form.mask, case.form.score, case.operands.get("sink")

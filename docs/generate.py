@@ -1,5 +1,6 @@
 """Write docs/mechanisms.md, the index of mechanisms, layers, cache policies and studies, from what they say of
-themselves, and docs/experiments.md with its picture, from experiments/results.
+themselves; docs/experiments.md and docs/sparse.md with their pictures, from experiments/results; docs/benchmarks.md,
+from benchmarks/results.
 
 python docs/generate.py            writes them
 python docs/generate.py --check    exits with 1 if one is out of date
@@ -21,7 +22,9 @@ from manyheads.core.layer import Layer
 from manyheads.mechanisms import get, names
 
 PAGE = Path(__file__).with_name("mechanisms.md")
+BENCHMARKS = PAGE.with_name("benchmarks.md")
 EXPERIMENTS, PICTURE = PAGE.with_name("experiments.md"), PAGE.with_name("experiments.svg")
+SPARSE, LINES = PAGE.with_name("sparse.md"), PAGE.with_name("sparse.svg")
 SOURCE = "../manyheads"
 
 HEAD = """\
@@ -119,9 +122,14 @@ def _line(
 def files() -> dict[Path, str]:
     """What each derived file should hold."""
     sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments are no part of the installed package
-    experiments = import_module("experiments.page")
-    rows = experiments.rows()
-    return {PAGE: page(), EXPERIMENTS: experiments.page(rows, PICTURE.name), PICTURE: experiments.picture(rows)}
+    experiments, benchmarks = import_module("experiments.page"), import_module("benchmarks.page")
+    sparse, lines = import_module("experiments.mass_page"), import_module("experiments.mass_lines")
+    rows, masses = experiments.rows(), lines.rows()
+    return {
+        PAGE: page(), EXPERIMENTS: experiments.page(rows, PICTURE.name), PICTURE: experiments.picture(rows),
+        BENCHMARKS: benchmarks.page(benchmarks.rows()),
+        SPARSE: sparse.page(masses, LINES.name), LINES: lines.picture(masses),
+    }  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

@@ -30,6 +30,8 @@ class Int(int):
     """A scalar of the kernel."""
 
     def to(self, dtype: str) -> Any:
+        if dtype == "uint32":  # a number that wraps around
+            return Array.of(np.uint32(self & 0xFFFFFFFF))
         return self if dtype.startswith("int") else Array.of(np.float32(self))
 
 
@@ -242,7 +244,9 @@ def _load(at: Pointer, mask: Any = None, other: float = 0.0) -> Any:
 
 def _store(at: Pointer, values: Any, mask: Any = True) -> None:
     there = np.broadcast_to(np.asarray(mask), np.shape(at.at))
-    at.values[np.asarray(at.at)[there]] = np.asarray(values)[there]
+    index = np.asarray(at.at)[there]
+    assert not index.size or (index.min() >= 0 and index.max() < at.values.size), "written outside of a tensor"
+    at.values[index] = np.broadcast_to(np.asarray(values), there.shape)[there]
 
 
 def _where(test: Any, a: Any, b: Any) -> Any:
@@ -291,19 +295,24 @@ def _unary(function: Any) -> Any:
     return lambda x: Array.of(function(np.asarray(x, np.float32)))
 
 
+ASSEMBLY = {"lg2.approx.ftz.f32": np.log2}
+
 gl: Any = SimpleNamespace(
     bfloat16="bfloat16", float16="float16", float32="float32", int32="int32", int64="int64",
+    uint32="uint32",
     constexpr=lambda value: value, static_range=range,
     SliceLayout=lambda *a: None, BlockedLayout=lambda *a: None, DotOperandLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None,
     full=lambda shape, value, dtype, layout: Array.of(np.full(shape, value, np.float32)),
-    arange=lambda start, end, layout: Array.of(np.arange(start, end)),
+    arange=lambda start, end, layout=None: Array.of(np.arange(start, end)),
     convert_layout=lambda x, layout: x,
     where=_where, maximum=_either(np.maximum), minimum=_either(np.minimum),
     exp2=_unary(np.exp2), exp=_unary(np.exp), log2=_unary(np.log2), log=_unary(np.log), floor=_unary(np.floor),
     sqrt=_unary(np.sqrt), abs=lambda x: Int(abs(x)) if isinstance(x, int) else Array.of(np.abs(x)),
     cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
     max=lambda x, axis: Array.of(x.max(axis)), sum=lambda x, axis: Array.of(x.sum(axis)),
+    div_rn=lambda a, b: Array.of(np.float32(a) / np.float32(b)),
+    inline_asm_elementwise=lambda text, constraints, args, **options: _unary(ASSEMBLY[text.split()[0]])(*args),
     load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     program_id=lambda axis: Int(_grid.pid), num_programs=lambda axis: Int(_grid.programs),
 )  # fmt: skip
@@ -349,6 +358,19 @@ def load(*modules: str) -> dict[str, ModuleType]:
         with _replaced({f"{PACKAGE}.names": sys.modules[__name__], **others}):
             exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
     return found
+
+
+def load_plain(name: str) -> ModuleType:
+    """A module of kernels/ that is written in plain Triton."""
+    path = Path(__import__(PACKAGE, fromlist=["kernels"]).kernels.__path__[0]) / f"{name}.py"
+    tl = SimpleNamespace(
+        **{**vars(gl), "full": lambda shape, value, dtype: Array.of(np.full(shape, value, dtype))},
+        cumsum=lambda x, axis: Array.of(np.cumsum(x, axis)),
+    )
+    module = ModuleType(f"emulated_{name}")
+    with _replaced({"triton": SimpleNamespace(jit=gluon.jit, language=tl), "triton.language": tl}):
+        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+    return module
 
 
 def functions(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads import attention, explain
+from manyheads import attention, dispatch, explain
 from manyheads.core import Scores, Selection
 from manyheads.engines import eager, sdpa
 
@@ -176,7 +176,13 @@ BAD = {
         (Q, K, V, Scores(normaliser="none")),
         {"return_lse": True},
         ValueError,
-        "return_lse is for weights that are divided by a sum.*parts of them add up",
+        "return_lse is for weights exp.*'none' has no lse",
+    ),
+    "the lse of entmax": (
+        (Q, K, V, "entmax_attention"),
+        {"return_lse": True},
+        ValueError,
+        "return_lse is for weights exp.*'entmax' has no lse",
     ),
     "a recurrence with more queries than keys": (
         (*qkv(7, 5), "lightning_attention_2"),
@@ -261,7 +267,7 @@ def test_explain_says_who_runs_it_and_why_others_do_not():
     recurrent = explain(Q, K, V, "kimi_delta_attention", g=G, beta=BETA)
     assert recurrent.engine == "eager"
     assert recurrent.objections == {
-        "triton": "the Triton kernels compute Scores and Selections, not a Recurrence",
+        "triton": explain(Q, K, V).objections["triton"],
         "sdpa": "scaled_dot_product_attention has no Recurrence",
         "flex": "FlexAttention has no Recurrence",
     }
@@ -306,7 +312,7 @@ NUMBERS = [
     (name, setting)
     for name in manyheads.names()
     for setting, default in manyheads.get(name).settings.items()
-    if isinstance(default, int | float)
+    if isinstance(default, int | float) and not isinstance(default, bool)
 ]
 
 
@@ -317,4 +323,74 @@ def test_settings_have_ranges(name, setting):
     for value in [low - 1] + ([] if high == float("inf") else [high + 1]) + ([] if whole else [float("nan")]):
         with pytest.raises(ValueError, match=f"{setting} of {name} must be"):
             manyheads.get(name)(**{setting: int(value) if whole else value})
-    manyheads.get(name)(**{setting: low})
+    try:
+        manyheads.get(name)(**{setting: low})
+    except ValueError as error:  # the range is right, and something else does not go with it, which the message names
+        others = [other for other in manyheads.get(name).settings if other != setting]
+        assert setting in str(error) and any(other in str(error) for other in others), error
+
+
+# ---- calls once more ----
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """Calls on a CPU are remembered, too. Gives how often one was checked and chosen for."""
+    chosen: list = []
+    monkeypatch.setattr(dispatch, "FAST", ("cpu",))
+    monkeypatch.setattr(dispatch, "_KNOWN", {})
+    monkeypatch.setattr(dispatch, "_choose", lambda *a, real=dispatch._choose: (chosen.append(a), real(*a))[1])
+    return chosen
+
+
+def test_a_call_is_chosen_for_once(again):
+    for _ in range(3):
+        q, k, v = torch.randn(3, 2, 4, 9, 16)
+        o = attention(q, k[:, :2], v[:, :2])
+        assert torch.allclose(o, attention(q, k[:, :2], v[:, :2], engine="eager"), atol=1e-5)
+    assert len([a for a in again if a[2] == "auto"]) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda q: attention(q, q, q, "full"),
+        lambda q: attention(q, q, q, engine="eager"),
+        lambda q: attention(q, q, q, scale=0.5),
+        lambda q: attention(q, q, q, return_lse=True),
+        lambda q: attention(q[:, :, :5], q, q),
+        lambda q: attention(q.double(), q.double(), q.double()),
+        lambda q: attention(q, q.clone(), q),
+        lambda q: attention(q.clone().requires_grad_(), q, q),
+        lambda q: attention(q, q, q, dropout=0.5, seed=1),
+        lambda q: attention(q, q, q, q_positions=torch.arange(9), kv_positions=torch.arange(9)),
+    ],
+)
+def test_what_differs_is_chosen_for(again, other):
+    q = torch.randn(1, 2, 9, 16)
+    for _ in range(2):
+        attention(q, q, q)
+    assert len(again) == 1
+    other(q)
+    assert len(again) == 2
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's own, about sdpa
+def test_who_watches_torch_sees_all(again):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.randn(1, 2, 9, 16)
+    attention(q, q, q)
+    with FlopCounterMode(display=False):
+        attention(q, q, q)
+    torch.vmap(lambda q: attention(q, q, q))(q[None])
+    assert len(again) == 3
+    with pytest.raises(ValueError, match="engine"):
+        attention(q, q, q, engine="nvidia")
+
+
+def test_no_more_calls_are_kept_than(again, monkeypatch):
+    monkeypatch.setattr(dispatch, "CALLS", 3)
+    for n in range(1, 7):
+        attention(*torch.randn(3, 1, 2, n, 16))
+    assert len(dispatch._KNOWN) == 3

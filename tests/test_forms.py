@@ -7,6 +7,8 @@ import torch
 
 from manyheads import attention, explain, merge
 from manyheads.core import Blocks, Function, Operand, Recurrence, Scores, Selection, Sum
+from manyheads.core.choosing import best, best_blocks, block_means
+from manyheads.core.entmax import entmax
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import plain
 from manyheads.engines import eager
@@ -303,6 +305,65 @@ def test_a_sink_is_declared_and_has_a_softmax():
             Scores(sink="sink", operands=operands)
 
 
+ALPHA = {"a": Operand("heads")}
+
+
+def test_an_alpha_is_declared_and_has_an_entmax():
+    for given in ({"alpha": 1.5}, {"normaliser": "entmax"}, {"normaliser": "none", "alpha": 2.0}):
+        with pytest.raises(ValueError, match="entmax takes an alpha, others none"):
+            Scores(**given)
+    for alpha in (0.9, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="a finite number >= 1"):
+            Scores(normaliser="entmax", alpha=alpha)
+    for operands in ({}, {"b": Operand("heads")}, {"a": Operand("batch heads len")}):
+        with pytest.raises(ValueError, match=r"alpha 'a' must be declared.*Operand\('heads'\)"):
+            Scores(normaliser="entmax", alpha="a", operands=operands)
+    with pytest.raises(ValueError, match="'entmax' has none"):
+        Scores(normaliser="entmax", alpha=2.0, sink="sink", operands=SINK)
+
+
+def test_entmax_with_a_score_a_mask_and_an_alpha_of_each_head(make_inputs):
+    """Over several chunks of queries, against the whole matrix."""
+    form = Scores(
+        mask=lambda b, h, i, j: (j <= i) & (i - j < 140) & (i != 27), score=fade, normaliser="entmax", alpha="a",
+        operands={**ALPHA, **FADING.operands},
+    )  # fmt: skip
+    x = make_inputs(form, 280, 300, kv_heads=2, grad=True)
+    alpha = torch.tensor([1.2, 1.5, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    x.operands["a"] = alpha
+    got = attention(*x.tensors, form, engine="eager", **x.operands)
+    i, j = torch.arange(20, 300)[:, None], torch.arange(300)
+    b, h = torch.arange(2).view(-1, 1, 1, 1), torch.arange(4).view(-1, 1, 1)
+    s = x.q @ x.k.repeat_interleave(2, 1).mT / x.q.shape[-1] ** 0.5
+    s = form.program.score(s, b, h, i[None, None], j, **{n: x.operands[n] for n in FADING.operands})
+    s = s.masked_fill((j > i) | (i - j >= 140) | (i == 27), -torch.inf)
+    expected = entmax(s, alpha[:, None, None]) @ x.v.repeat_interleave(2, 1)
+    torch.testing.assert_close(got, expected, **EXACT)
+    weight = torch.randn_like(got)
+    leaves = [*x.tensors, *x.operands.values()]
+    for a, e in zip(*(torch.autograd.grad(o, leaves, weight) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(a, e, **EXACT)
+
+
+def test_entmax_inside_of_a_selection(make_inputs):
+    def even(q, k, *, scale, offset):
+        return Blocks.from_map((torch.arange(3) % 2 == 0).expand(q.shape[0], q.shape[1], -(-q.shape[2] // 4), -1))
+
+    inner = Scores(mask=past, normaliser="entmax", alpha=1.5)
+    form = Selection(select=even, scores=inner, query_block=4, key_block=4)
+    masked = Scores(mask=lambda b, h, i, j: (j <= i) & (j // 4 % 2 == 0), normaliser="entmax", alpha=1.5)
+    x = make_inputs(form, 12)
+    torch.testing.assert_close(attention(*x.tensors, form), attention(*x.tensors, masked), **EXACT)
+
+
+@pytest.mark.parametrize("engine", ["triton", "sdpa", "flex"])
+def test_only_eager_has_entmax_on_a_cpu(engine, make_inputs):
+    form = Scores(normaliser="entmax", alpha=1.5)
+    x = make_inputs(form, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="no 'entmax' normaliser"):
+        explain(*x.tensors, form, engine=engine)
+
+
 @pytest.mark.parametrize("engine", ["sdpa", "flex"])
 @pytest.mark.parametrize("case", ["a sink", "squared ReLU"])
 def test_engines_of_torch_run_neither_weights_nor_sinks_on_a_cpu(case, engine, make_inputs):
@@ -499,7 +560,32 @@ def test_block_lists_and_maps_hold_the_same():
     listed = blocks.indices[0, 1, 2, : blocks.counts[0, 1, 2]].tolist()
     assert listed == sorted(listed) == keep[0, 1, 2].nonzero().flatten().tolist()
     nothing = Blocks.from_map(torch.zeros(1, 1, 2, 3, dtype=torch.bool))
-    assert nothing.indices.shape == (1, 1, 2, 0) and not nothing.to_map(3).any()
+    assert not nothing.counts.any() and not nothing.to_map(3).any()
+
+
+@pytest.mark.parametrize(("length", "start"), [(12, 0), (13, 0), (3, 1), (1, 1), (1, 3), (11, 2), (8, 3), (2, 0)])
+def test_means_of_blocks(length, start):
+    x = torch.randn(2, 3, length, 5, dtype=torch.float64)
+    found = block_means(x, 4, start)
+    number = (torch.arange(length) + start) // 4
+    means = [x[..., number == n, :].mean(-2) for n in range(int(number[-1]) + 1)]
+    torch.testing.assert_close(found, torch.stack(means, -2))
+    assert block_means(x.bfloat16(), 4, start).dtype == torch.float32
+
+
+def test_blocks_are_listed_in_order():
+    keep = torch.rand(2, 3, 5, 7) < 0.4
+    ranked = torch.where(keep, torch.rand(keep.shape), -torch.inf)
+    top = ranked.topk(7)
+    blocks = Blocks.from_indices(top.indices, ~top.values.isneginf())
+    assert blocks.to_map(7).equal(keep) and blocks.counts.equal(keep.sum(-1))
+    listed = blocks.indices[1, 0, 3, : blocks.counts[1, 0, 3]].tolist()
+    assert listed == keep[1, 0, 3].nonzero().flatten().tolist()
+    for count in (3, 9):
+        assert best_blocks(ranked, count).to_map(7).equal(best(ranked, count))
+        assert best_blocks(ranked, count).indices.shape[-1] == min(count, 7)
+    every = Blocks.from_indices(torch.tensor([[[[4, 1], [0, 3]]]]))
+    assert every.indices.tolist() == [[[[1, 4], [0, 3]]]] and every.counts.tolist() == [[[2, 2]]]
 
 
 def test_merge_with_nothing_changes_nothing():

@@ -430,7 +430,7 @@ def test_says_what_it_cannot_do(monkeypatch):
     assert objection(causal) is None
     assert "float64" in objection(causal, torch.float64)
     assert "head_dim up to 256" in objection(causal, head_dim=257)
-    assert "not a Recurrence" in objection(manyheads.get("lightning_attention_2")())
+    assert "not a Function" in objection(manyheads.get("agent_attention")())
     assert objection(slopes(2, torch.device("cpu"), torch.float32)) is None
     assert objection(forgetful(), g=torch.zeros(1, 2, 8, requires_grad=True)) is None
     q = torch.zeros(1, 2, 8, 16)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Recurrence, Selection
+from manyheads.core.dropout import dropout_of
+from manyheads.core.forms import Form, Recurrence, Scores, Selection
 from manyheads.core.inputs import Inputs, as_rows, default_positions
 
 
 def build_inputs(
     form: Form, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_positions: Tensor | None,
     kv_positions: Tensor | None, state: Tensor | None, operands: dict[str, Tensor],
+    dropout: float = 0.0, seed: int | Tensor | None = None,
 ) -> Inputs:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or t.ndim != 4:
@@ -40,11 +42,12 @@ def build_inputs(
         raise ValueError("q_positions and kv_positions go together: give both or neither")
     if isinstance(form, Recurrence) and form.causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"a recurrence reads after it writes: q_len {q.shape[2]} exceeds kv_len {k.shape[2]}")
+    check_dropout(form, dropout)
     x = Inputs(
         q, k, v, form.default_scale(q.shape[3]) if scale is None else float(scale),
         _positions("q_positions", q_positions, q) if q_positions is not None else default_q,
         _positions("kv_positions", kv_positions, k) if kv_positions is not None else default_kv,
-        operands, state,
+        operands, state, dropout_of(dropout, seed, q.device),
     )  # fmt: skip
     if isinstance(form, Selection) and x.q_len > x.kv_len:
         raise ValueError(f"a selection takes queries that have a key: q_len {x.q_len} exceeds kv_len {x.kv_len}")
@@ -60,6 +63,14 @@ def build_inputs(
     if not operands:
         return x
     return x.with_(operands={name: _operand(form, name, value, x) for name, value in operands.items()})
+
+
+def check_dropout(form: Form, rate: float) -> None:
+    """Raises ValueError for a rate that is not in [0, 1), and for forms without weights to drop."""
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"dropout must be a number from 0 to below 1, not {rate!r}")
+    if rate and not isinstance(form, Scores | Selection):
+        raise ValueError(f"dropout is for mechanisms with weights for pairs of tokens, not for a {type(form).__name__}")
 
 
 def _check_order(x: Inputs) -> None:

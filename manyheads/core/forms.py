@@ -6,6 +6,7 @@ same object; a mechanism returns the same object for the same settings, so engin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -119,26 +120,42 @@ class Scores(Form):
 
     mask(b, h, i, j) -> bool and score(s, b, h, i, j) -> s are plain functions of batch, head and absolute query and
     key position; operands follow j by name.
-    normaliser: "softmax"; "signed" (sign(s) softmax(|s|)); or "none": score gives the weights themselves, as for
-        sigmoid attention, and parts of the keys merge by addition.
+    normaliser: "softmax"; "signed" (sign(s) softmax(|s|)); "entmax" (core/entmax.py), whose rows need all their keys
+        and have no lse; or "none": score gives the weights themselves, as for sigmoid attention, and parts of the keys
+        merge by addition.
+    alpha: with "entmax", a number >= 1 (2: sparsemax), or an operand "heads" with values from 1 to 2.
     sink: with "softmax", an operand "heads" that is one more score in each row, of a key whose value is zero. It counts
         once: where keys are split, one part has it and the others have -inf in its place.
     """
 
     mask: Callable | None = None
     score: Callable | None = None
-    normaliser: Literal["softmax", "signed", "none"] = "softmax"
+    normaliser: Literal["softmax", "signed", "entmax", "none"] = "softmax"
+    alpha: float | str | None = None
     sink: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.program  # noqa: B018  torch.compile follows what is there, but cannot make it
-        if self.sink is None:
-            return
-        if self.normaliser != "softmax":
-            raise ValueError(f"a sink is one more score in a softmax; the normaliser {self.normaliser!r} has none")
-        if self.sink not in self.operands or self.operands[self.sink].names != ("heads",):
-            raise ValueError(f"the sink {self.sink!r} must be declared in operands, as Operand('heads')")
+        if (self.alpha is None) == (self.normaliser == "entmax"):
+            raise ValueError(f"entmax takes an alpha, others none; not {self.normaliser!r} and {self.alpha!r}")
+        if isinstance(self.alpha, str):
+            self._check_declared("alpha", self.alpha)
+        elif self.alpha is not None and not 1 <= self.alpha < math.inf:
+            raise ValueError(f"the alpha of entmax is a finite number >= 1, or an operand's name, not {self.alpha!r}")
+        if self.sink is not None:
+            if self.normaliser != "softmax":
+                raise ValueError(f"a sink is one more score in a softmax; the normaliser {self.normaliser!r} has none")
+            self._check_declared("sink", self.sink)
+
+    def _check_declared(self, what: str, name: str) -> None:
+        if name not in self.operands or self.operands[name].names != ("heads",):
+            raise ValueError(f"the {what} {name!r} must be declared in operands, as Operand('heads')")
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether weights are exp(score - lse)."""
+        return self.normaliser in ("softmax", "signed")
 
     @cached_property
     def program(self) -> Program:
@@ -156,16 +173,23 @@ class Blocks:
 
     @classmethod
     def from_map(cls, keep: Tensor) -> Blocks:
-        """From a boolean map [batch, heads, query blocks, key blocks]."""
-        counts = keep.sum(-1)
-        order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)
-        return cls(order[..., : int(counts.max()) if counts.numel() else 0], counts)
+        """From a boolean map [batch, heads, query blocks, key blocks]; n is its width, as nobody waits for counts."""
+        return cls(torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True), keep.sum(-1))
+
+    @classmethod
+    def from_indices(cls, indices: Tensor, there: Tensor | None = None) -> Blocks:
+        """From the numbers of key blocks [batch, heads, query blocks, n] in any order, no block twice in a row; of them
+        those that are `there`. Makes no map, so that it is linear in what is listed."""
+        if there is None:
+            return cls(indices.sort(-1).values, indices.new_full(indices.shape[:-1], indices.shape[-1]))
+        last = torch.iinfo(indices.dtype).max
+        return cls(torch.where(there, indices, last).sort(-1).values, there.sum(-1))
 
     def to_map(self, key_blocks: int) -> Tensor:
         """The boolean map [batch, heads, query blocks, key blocks] again."""
         listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        keep = torch.zeros(*self.counts.shape, key_blocks, dtype=torch.bool, device=self.indices.device)
-        return keep.scatter(-1, self.indices, listed)
+        keep = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return keep.scatter(-1, torch.where(listed, self.indices, key_blocks), True)[..., :key_blocks]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from manyheads.core.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,6 +37,7 @@ class Inputs:
     kv_positions: Positions
     operands: Mapping[str, Tensor] = field(default_factory=dict)
     state: Tensor | None = None
+    dropout: Dropout | None = None
 
     @property
     def batch(self) -> int:

@@ -35,12 +35,12 @@ def run_rows(run: Run, form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
 
 def unseen(form: Form, x: Inputs) -> Tensor:
     """The lse [batch, heads, q_len] of queries that see no key, in float32 or wider: of an empty sum, but for a sink;
-    0 where nothing is divided."""
+    0 where there is no lse."""
     inner = form.scores if isinstance(form, Selection) else form
     wide = torch.promote_types(x.q.dtype, torch.float32)
     if isinstance(inner, Scores) and inner.sink is not None:
         return x.operands[inner.sink].to(wide)[None, :, None].expand(x.batch, -1, x.q_len)
-    value = 0.0 if isinstance(inner, Scores) and inner.normaliser == "none" else -torch.inf
+    value = 0.0 if isinstance(inner, Scores) and not inner.has_lse else -torch.inf
     return torch.full(x.q.shape[:3], value, dtype=wide, device=x.q.device)
 
 
@@ -54,6 +54,7 @@ def _alone(form: Form, x: Inputs, b: int, q_at: Tensor, kv_at: Tensor) -> Inputs
         q_positions=q_positions,
         kv_positions=kv_positions,
         operands={name: _own(form.operands[name].names, value, b, kv_at) for name, value in x.operands.items()},
+        dropout=None if x.dropout is None else x.dropout.of_row(b),
     )
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from manyheads.core.forms import Operand, Scores, Selection
+from manyheads.core.forms import Blocks, Operand, Scores, Selection
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import choose
 
@@ -23,11 +23,11 @@ def why_no_scores(form: Selection) -> str | None:
     return None
 
 
-def as_scores(form: Selection, x: Inputs) -> tuple[Scores, Inputs]:
+def as_scores(form: Selection, x: Inputs, blocks: Blocks | None = None) -> tuple[Scores, Inputs]:
     """The scores of the blocks that `form` chooses for x, and x with the map [batch, heads, query blocks, key blocks]
-    of them as an operand. Rows are whole: keys stand at 0, 1, ..., queries at the end."""
+    of them as an operand. Rows are whole: keys stand at 0, 1, ..., queries at the end. blocks: if chosen already."""
     assert not isinstance(x.q_positions, Tensor), "rows are run one by one"
-    chosen = choose(form, x).to_map(-(-x.kv_len // form.key_block))
+    chosen = (blocks or choose(form, x)).to_map(-(-x.kv_len // form.key_block))
     first = x.q_positions.start // form.query_block
     return _scores(form, first), x.with_(operands={**x.operands, CHOSEN: chosen})
 

@@ -116,6 +116,8 @@ def plain(form: Form, x: Inputs) -> bool:
     """Whether any library's full or causal softmax kernel does it: every row whole, and for causal a square."""
     if not isinstance(form, Scores) or form.program.has_score or form.normaliser != "softmax" or form.sink or x.ragged:
         return False
+    if x.dropout is not None:
+        return False
     return not form.program.has_mask or (form.program.key == _CAUSAL.program.key and x.q_len == x.kv_len)
 
 

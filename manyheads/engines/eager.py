@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from manyheads.core.dropout import Dropout
+from manyheads.core.entmax import entmax
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs, Positions, as_rows
 from manyheads.core.rows import unseen
@@ -46,12 +48,16 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
     inner = form.scores if isinstance(form, Selection) else form
     operands = position_operands(inner, x)
     sink = None if inner.sink is None else x.operands[inner.sink]
+    alpha = x.operands[inner.alpha] if isinstance(inner.alpha, str) else inner.alpha
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     lse = unseen(form, x)
     again = x.wants_grad
     rows, parts = [], []
     for chunk in chunks(form, x):
-        args = (inner, x.q[:, :, chunk.rows], chunk.pick(x.k), chunk.pick(x.v), x.scale, chunk, operands, sink)
+        args = (
+            inner, x.q[:, :, chunk.rows], chunk.pick(x.k), chunk.pick(x.v), x.scale, chunk, operands, sink, alpha,
+            x.dropout,
+        )  # fmt: skip
         part = checkpoint(_attend, *args, use_reentrant=False) if again else _attend(*args)
         rows.append(chunk.rows)
         parts.append(part)
@@ -77,7 +83,7 @@ def _assemble(empty: Tensor, rows: list[slice], parts: list[Tensor], dim: int) -
 
 def _attend(
     form: Scores, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk, operands: dict[str, Tensor],
-    sink: Tensor | None,
+    sink: Tensor | None, alpha: Tensor | float | None, dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o, lse) of one chunk. Grouped heads share k and v without repeating them."""
     batch, heads, rows, _ = q.shape
@@ -85,12 +91,16 @@ def _attend(
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads * rows, -1)
     s = (grouped @ k.to(wide).mT).view(batch, heads, rows, -1) * scale
-    weights, lse = _weights(form, score(form, s, chunk, operands), chunk.allowed, sink)
+    weights, lse = _weights(form, score(form, s, chunk, operands), chunk.allowed, sink, alpha)
+    if dropout is not None:
+        weights = dropout.drop(weights, chunk.i, chunk.j)
     o = weights.view(batch, kv_heads, heads // kv_heads * rows, -1) @ v.to(wide)
     return o.view(batch, heads, rows, -1).to(q.dtype), lse
 
 
-def _weights(form: Scores, s: Tensor, allowed: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weights(
+    form: Scores, s: Tensor, allowed: Tensor | None, sink: Tensor | None, alpha: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
     """What multiplies the values, and the lse, from scores [batch, heads, rows, columns]."""
     if form.normaliser == "none":
         return s if allowed is None else s.masked_fill(~allowed, 0.0), s.new_zeros(s.shape[:-1])
@@ -99,6 +109,9 @@ def _weights(form: Scores, s: Tensor, allowed: Tensor | None, sink: Tensor | Non
         s = s.abs()
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)
+    if alpha is not None:
+        at_heads = alpha.to(s.dtype)[:, None, None] if isinstance(alpha, Tensor) else alpha
+        return entmax(s, at_heads), s.new_zeros(s.shape[:-1])
     top = s.detach().amax(-1, keepdim=True)
     if sink is not None:
         sink = sink.to(s.dtype)[:, None, None]

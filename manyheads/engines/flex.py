@@ -29,6 +29,8 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"FlexAttention has no {type(form).__name__}"
     if form.normaliser != "softmax":
         return f"FlexAttention has no {form.normaliser!r} normaliser"
+    if x.dropout is not None:
+        return "FlexAttention has no dropout"
     if x.q.dtype == torch.float64:
         return "FlexAttention does not compile for float64"
     if x.q.device.type not in ("cpu", "cuda"):

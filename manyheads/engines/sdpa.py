@@ -6,6 +6,8 @@ queries at a time, and once more in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,6 +30,8 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"scaled_dot_product_attention has no {inner.normaliser!r} normaliser"
     if inner.sink is not None:
         return "scaled_dot_product_attention has no sinks"
+    if x.dropout is not None:
+        return "scaled_dot_product_attention's dropout takes no seed"
     return None
 
 
@@ -49,6 +53,19 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     if again and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
         o = x.nothing()
     return o, None
+
+
+def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, None]] | None:
+    """What `run` does, for other q, k and v like those of x; None if it is more than one call."""
+    if not isinstance(form, Scores) or not plain(form, x):
+        return None
+    is_causal, scale, shared = form.program.has_mask, x.scale, x.heads != x.kv_heads
+
+    def run_again(qkv: tuple[Tensor, ...]) -> tuple[Tensor, None]:
+        q, k, v = qkv
+        return scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal, enable_gqa=shared), None
+
+    return run_again
 
 
 def _grouped(x: Inputs, is_causal: bool) -> Tensor:

@@ -26,7 +26,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 BINS = 128  # of the hashed sets of values that are compared for x[i] == y[j]
 SPAN = 4  # a tensor read with indices that are bounded only is searched where they span no more values than this
-CHUNK = 2**18  # tiles that are classified at a time: what bounds memory, and fits a cache
+CHUNK = {"cpu": 2**18}  # tiles that are classified at a time: what bounds memory, and fits a cache
+CHUNK_ELSEWHERE = 2**21  # on a GPU, where a step on few tiles takes as long as one on many
 
 
 class Axis:
@@ -304,7 +305,7 @@ def classify(
     if not result.numel():
         return result
     classifier = Classifier(program, queries, keys, batch, heads, operands) if program.has_mask else None
-    size = max(1, CHUNK // (shape[0] * shape[1] * keys.count))
+    size = max(1, CHUNK.get(device.type, CHUNK_ELSEWHERE) // (shape[0] * shape[1] * keys.count))
     for start in range(0, queries.count, size):
         rows = slice(start, min(start + size, queries.count))
         chunk = result[:, :, rows]

@@ -1,4 +1,5 @@
-"""Flash attention for any mask and score, as Triton kernels: forward and backward, on any GPU that Triton knows.
+"""Flash attention for any mask and score, as Triton kernels: forward and backward, on any GPU that Triton knows; and
+recurrences in chunks (chunked/).
 
 Which tiles of scores are empty, full or partial follows from intervals, on the device; no mask is ever built. Memory is
 linear in length, but for one number for each tile that is visited. The same result every run, gradients included. In
@@ -8,35 +9,45 @@ Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU, slowly, for tests.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Scores, Selection
+from manyheads.core.forms import Form, Recurrence, Scores, Selection
 from manyheads.core.inputs import Inputs
 from manyheads.core.selection import as_scores, why_no_scores
-from manyheads.core.tiling import plain
-from manyheads.engines.triton import op
+from manyheads.core.tiling import choose, plain
+from manyheads.engines.triton import chunked, op
 
 HAS_TRITON = find_spec("triton") is not None
-NORMALISERS = ("softmax", "signed", "none")
+NORMALISERS = ("softmax", "signed", "none")  # of the kernels for any GPU
 LARGEST_HEAD_DIM = 256
-FEW = 2**20  # scores in all below which a launch costs more than the work
-PLAIN = 2**27  # the same where torch has a kernel of its own, whose launch costs less
+FEW = 2**27  # scores in all below which torch's own kernels are faster, where torch has one
 
 
 def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
+    if isinstance(form, Recurrence):
+        return _unable(x) or chunked.why_not(form, x)
     if isinstance(form, Selection):
         why = why_no_scores(form)
         if why is not None:
             return f"the Triton kernels do not take {why}"
         form = form.scores
     if not isinstance(form, Scores):
-        return f"the Triton kernels compute Scores and Selections, not a {type(form).__name__}"
-    if form.normaliser not in NORMALISERS:
-        return f"the Triton kernels have no {form.normaliser!r} normaliser"
+        return f"the Triton kernels compute Scores, Selections and Recurrences, not a {type(form).__name__}"
+    if form.normaliser not in NORMALISERS and x.q.device.type != "cuda":
+        return f"the Triton kernels for any GPU have no {form.normaliser!r} normaliser"
+    if x.dropout is not None and x.q.device.type != "cuda":
+        return "the Triton kernels for any GPU have no dropout"
+    why = _unable(x)
+    return _on_gpu(form, x) if why is None and x.q.device.type == "cuda" else why
+
+
+def _unable(x: Inputs) -> str | None:
+    """Whatever the form."""
     if not HAS_TRITON:
         return "triton is not installed"
     if x.q.device.type != "cuda" and not (x.q.device.type == "cpu" and _interprets()):
@@ -45,8 +56,6 @@ def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
         return f"the Triton kernels take float32, bfloat16 and float16, not {x.q.dtype}"
     if max(x.q.shape[3], x.v_head_dim) > LARGEST_HEAD_DIM:
         return f"the Triton kernels take head_dim up to {LARGEST_HEAD_DIM}, not {max(x.q.shape[3], x.v_head_dim)}"
-    if x.q.device.type == "cuda":
-        return _on_gpu(form, x)
     return None
 
 
@@ -55,8 +64,11 @@ def _on_gpu(form: Scores, x: Inputs) -> str | None:
     do not begin at multiples of 16 bytes they read memory that is no tensor's, on an H100 (docs/log.md)."""
     from manyheads.engines.triton import hopper
 
-    if hopper.why_not(form, x) is None:
-        return None
+    why = hopper.why_not(form, x)
+    if why is None or form.normaliser not in NORMALISERS:
+        return why
+    if x.dropout is not None:
+        return f"the Triton kernels for any GPU have no dropout, and {why}"
     if x.q.element_size() == 2 and (x.q.shape[3] % 8 or x.v_head_dim % 8):
         return f"the Triton kernels take multiples of 8 in 16 bits, not {x.q.shape[3]} and {x.v_head_dim}"
     return None
@@ -67,17 +79,28 @@ def hesitates(form: Form, x: Inputs) -> str | None:
 
     if x.q.device.type == "cpu":
         return "Triton's interpreter is for tests: ask for it by name"
+    if isinstance(form, Recurrence):
+        return "its recurrences were checked in emulation alone: ask for it by name"
     if isinstance(form, Selection):
         return "its block lists were checked in emulation alone: ask for it by name"
+    if isinstance(form, Scores) and form.normaliser == "entmax":
+        return "its levels of entmax were checked in emulation alone: ask for it by name"
     if hopper.why_not(form, x) is not None:
         return "the kernels for any GPU were checked on an H100 and not timed beside the others: ask for them by name"
-    if x.batch * x.heads * x.q_len * x.kv_len < (PLAIN if plain(form, x) else FEW):
-        return "its launch takes longer than so little work, by benchmarks/attention.py on an H100"
+    if not plain(form, x):
+        return None
+    if x.batch * x.heads * x.q_len * x.kv_len < FEW:
+        return "torch's own kernel is faster for so little work, by docs/benchmarks.md"
+    if x.wants_grad and not 64 < max(x.q.shape[3], x.v_head_dim) <= 128:
+        return "torch's own kernel has a faster backward pass at this head_dim, by docs/benchmarks.md"
     return None
 
 
 def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
-    """(o, lse). The first call of a structure compiles; other numbers, tensors and lengths compile nothing."""
+    """(o, lse), or (o, state). The first call of a structure compiles; other numbers, tensors and lengths compile
+    nothing."""
+    if isinstance(form, Recurrence):
+        return chunked.run(form, x)
     if isinstance(form, Selection):
         chosen: Any = torch._dynamo.disable(_selected) if torch.compiler.is_compiling() else _selected
         return chosen(form, x)
@@ -89,10 +112,23 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     return launch.attend(form, x)
 
 
-def _selected(form: Selection, x: Inputs) -> tuple[Tensor, Tensor]:
-    from manyheads.engines.triton import launch
+def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...] | None] | None:
+    """What the last `run` launched, for other q, k and v like those of x; None if that is not known yet, or may be
+    something else the next time."""
+    if not isinstance(form, Scores) or form.program.tensors or x.q.device.type != "cuda":
+        return None
+    from manyheads.engines.triton import hopper
 
-    return launch.attend(*as_scores(form, x))
+    return hopper.again(form, x)
+
+
+def _selected(form: Selection, x: Inputs) -> tuple[Tensor, Tensor]:
+    from manyheads.engines.triton import hopper, launch
+
+    blocks = choose(form, x)
+    if hopper.why_no_lists(form, x) is None:
+        return launch.attend(form.scores, x, hopper.Chosen(blocks, form.query_block, form.key_block))
+    return launch.attend(*as_scores(form, x, blocks))
 
 
 def _interprets() -> bool:

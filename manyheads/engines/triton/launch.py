@@ -20,19 +20,28 @@ from manyheads.engines.triton.call import Call, kernel_of
 INTERPRETED = bool(knobs.runtime.interpret)
 
 
-def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
+def attend(form: Scores, x: Inputs, chosen: hopper.Chosen | None = None) -> tuple[Tensor, Tensor]:
+    """(o, lse). chosen: blocks that the mask is about, which hopper.why_no_lists let pass."""
     if not (x.q.numel() and x.k.numel() and x.v.numel()):
         return x.nothing(), unseen(form, x)
     if x.q.device.type == "cuda" and x.q.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.q.device):
-            return attend(form, x)
+            return attend(form, x, chosen)
     own = hopper.why_not(form, x) is None
+    assert own or x.dropout is None, "why_not said so"
     if not (x.wants_grad or (torch.is_grad_enabled() and any(t.requires_grad for t in form.program.tensors))):
-        return hopper.run(form, x) if own else plain_forward(*_q_k_v(x), call_of(form, x))
+        return hopper.run(form, x, chosen) if own else plain_forward(*_q_k_v(x), call_of(form, x))
     call, rest = call_of(form, x), x.with_(q=NOTHING, k=NOTHING, v=NOTHING)
     learned = call.learned()
-    found = _Attend.apply(*_q_k_v(x), call.sink, form, rest, call, own, tuple(learned), *learned.values())
+    name = of_heads(form)
+    heads = None if name is None else x.operands[name].float()
+    found = _Attend.apply(*_q_k_v(x), heads, form, rest, call, own, chosen, tuple(learned), *learned.values())
     return found  # type: ignore[return-value]  torch calls it Any or None
+
+
+def of_heads(form: Scores) -> str | None:
+    """The operand of a number for each head that kernels take beside those of the score: the sink, or alpha."""
+    return form.alpha if isinstance(form.alpha, str) else form.sink
 
 
 def call_of(form: Scores, x: Inputs) -> Call:
@@ -54,12 +63,12 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, form: Scores, rest: Inputs, call: Call,
-        own: bool, sources: tuple[int | str, ...], *read: Tensor,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, form: Scores, rest: Inputs, call: Call,
+        own: bool, chosen: hopper.Chosen | None, sources: tuple[int | str, ...], *read: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        o, lse = hopper.run(form, rest.with_(q=q, k=k, v=v)) if own else plain_forward(q, k, v, call)
+        o, lse = hopper.run(form, rest.with_(q=q, k=k, v=v), chosen) if own else plain_forward(q, k, v, call)
         ctx.save_for_backward(q, k, v, o, lse, *read)  # `read` so that torch sees whether it was changed in place
-        ctx.form, ctx.rest, ctx.call, ctx.own, ctx.sources = form, rest, call, own, sources
+        ctx.form, ctx.rest, ctx.call, ctx.own, ctx.chosen, ctx.sources = form, rest, call, own, chosen, sources
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -72,10 +81,10 @@ class _Attend(torch.autograd.Function):
             return (None,) * len(needed)
         do = torch.zeros_like(o) if do is None else do
         x = ctx.rest.with_(q=q, k=k, v=v)
-        (dq, dk, dv), dsink, found = run_backward(
-            ctx.form, x, o, lse, do, dlse, ctx.call, ctx.own, needed[:3], needed[3], ctx.sources
+        (dq, dk, dv), dheads, found = run_backward(
+            ctx.form, x, o, lse, do, dlse, ctx.call, ctx.own, needed[:3], needed[3], ctx.sources, ctx.chosen
         )
-        return dq, dk, dv, dsink, None, None, None, None, None, *(found[source] for source in ctx.sources)
+        return dq, dk, dv, dheads, None, None, None, None, None, None, *(found[source] for source in ctx.sources)
 
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -83,19 +92,22 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def run_backward(
     form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, call: Call,
-    own: bool, needed: tuple[bool, bool, bool], sink_needed: bool, sources: Iterable[int | str],
+    own: bool, needed: tuple[bool, bool, bool], heads_needed: bool, sources: Iterable[int | str],
+    chosen: hopper.Chosen | None = None,
 ) -> tuple[Three, Tensor | None, dict[int | str, Tensor]]:  # fmt: skip
-    """The gradients of (q, k, v), of the sinks, and of what the score reads, as far as they are needed."""
+    """The gradients of (q, k, v), of of_heads, and of what the score reads, as far as they are needed."""
     do, sources = _rows(do), tuple(sources)
     products: Three = (None, None, None)
     if own and any(needed):
-        products = hopper.gradients(form, x, o, lse, do, dlse, needed)
-    if own and not sink_needed and not sources:
+        products = hopper.gradients(form, x, o, lse, do, dlse, needed, chosen)
+    if form.normaliser == "entmax":
+        return products, hopper.alpha_gradient(form, x, lse, do) if heads_needed else None, {}
+    if own and not heads_needed and not sources:
         return products, None, {}
     delta = row_delta(o, do, dlse, call)
     if not own:
         products = plain_backward(x.q, x.k, x.v, do, lse, delta, call, needed)
-    dsink = sink_gradient(lse, delta, call) if sink_needed else None
+    dsink = sink_gradient(lse, delta, call) if heads_needed else None
     return products, dsink, run_gradients(x.q, x.k, x.v, do, lse, delta, call, sources)
 
 

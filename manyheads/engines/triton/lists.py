@@ -58,6 +58,10 @@ class Kept(Generic[Found]):
             while len(self.found) > 1 and (len(self.found) > self.sets or self._size() > self.elements):
                 self.found.popitem(last=False)
 
+    def all(self) -> list[Found]:
+        with self._lock:
+            return [found for found, _, _ in self.found.values()]
+
     def _size(self) -> int:
         return sum(elements for _, elements, _ in self.found.values())
 

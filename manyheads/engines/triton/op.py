@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.core.dropout import Dropout
 from manyheads.core.forms import Scores, form_of
 from manyheads.core.inputs import Inputs, as_rows
 
 REST = """
-    SymInt form, Tensor[] captured, Tensor[] operands, Tensor? q_positions, Tensor? kv_positions, SymInt q_start,
-    SymInt kv_start, float scale
-"""  # a call without q, k and v: positions are tensors, or begin at a number
+    SymInt form, Tensor[] captured, Tensor[] operands, Tensor? q_positions, Tensor? kv_positions, Tensor? seed,
+    SymInt q_start, SymInt kv_start, float scale, float dropout
+"""  # a call without q, k and v: positions are tensors, or begin at a number; no seed is no dropout
 
 
 def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,9 @@ def _given(form: Scores, x: Inputs) -> tuple[Any, ...]:
     return (
         x.q, x.k, x.v, form.handle.shape[0], list(form.program.tensors), [x.operands[name] for name in form.operands],
         q_at if isinstance(q_at, Tensor) else None, kv_at if isinstance(kv_at, Tensor) else None,
+        None if x.dropout is None else x.dropout.seed,
         0 if isinstance(q_at, Tensor) else q_at.start, 0 if isinstance(kv_at, Tensor) else kv_at.start, x.scale,
+        0.0 if x.dropout is None else x.dropout.rate,
     )  # fmt: skip
 
 
@@ -88,12 +91,13 @@ def _gradients(
     wanted = [name for name, need in zip(names, needed[3:], strict=True) if need]
     read = {gradient.source for gradient in form.program.derivative().gradients} if wanted else set()
     sources = [name for name in wanted if name in read]
-    products, dsink, found = launch.run_backward(
-        form, x, o, lse, do, dlse, call, own, (needed[0], needed[1], needed[2]), form.sink in wanted, sources
+    heads = launch.of_heads(form)
+    products, dheads, found = launch.run_backward(
+        form, x, o, lse, do, dlse, call, own, (needed[0], needed[1], needed[2]), heads in wanted, sources
     )
     found = {name: grad if isinstance(name, int) else _stored(grad, name, form, x) for name, grad in found.items()}
-    if form.sink is not None and dsink is not None:
-        found[form.sink] = dsink.to(x.operands[form.sink].dtype)
+    if heads is not None and dheads is not None:
+        found[heads] = dheads.to(x.operands[heads].dtype)
     return [*products, *map(found.get, names)]
 
 
@@ -122,25 +126,25 @@ def _differentiated(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, form, captured, operands, q_positions, kv_positions, *numbers = inputs
+    q, k, v, form, captured, operands, q_positions, kv_positions, seed, *numbers = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, q, k, v, q_positions, kv_positions, *captured, *operands)
+    ctx.save_for_backward(*output, q, k, v, q_positions, kv_positions, seed, *captured, *operands)
     ctx.form, ctx.numbers, ctx.captured = form, numbers, len(captured)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    o, lse, q, k, v, q_positions, kv_positions, *rest = ctx.saved_tensors
+    o, lse, q, k, v, q_positions, kv_positions, seed, *rest = ctx.saved_tensors
     captured, operands = rest[: ctx.captured], rest[ctx.captured :]
     of_q, of_k, of_v, _, of_captured, of_operands, *_ = ctx.needs_input_grad
     needed = [of_q, of_k, of_v, *of_captured, *of_operands]
     found: list[Tensor | None] = [None] * len(needed)
     if do is not None or dlse is not None:
         do = torch.zeros_like(o) if do is None else do
-        given = ctx.form, captured, operands, q_positions, kv_positions, *ctx.numbers
+        given = ctx.form, captured, operands, q_positions, kv_positions, seed, *ctx.numbers
         grads = _backward(o, lse, do, dlse, needed, q, k, v, *given)
         found = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
     last = 3 + ctx.captured
-    return *found[:3], None, found[3:last], found[last:], *[None] * 5
+    return *found[:3], None, found[3:last], found[last:], *[None] * 7
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
@@ -151,7 +155,8 @@ _attend.register_autograd(_differentiate, setup_context=_keep)
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, number: int, captured: list[Tensor], operands: list[Tensor],
-    q_positions: Tensor | None, kv_positions: Tensor | None, q_start: int, kv_start: int, scale: float,
+    q_positions: Tensor | None, kv_positions: Tensor | None, seed: Tensor | None, q_start: int, kv_start: int,
+    scale: float, rate: float,
 ) -> tuple[Scores, Inputs]:  # fmt: skip
     form = form_of(number)
     assert isinstance(form, Scores), "why_not said so"
@@ -160,6 +165,7 @@ def _call(
         range(q_start, q_start + q.shape[2]) if q_positions is None else q_positions,
         range(kv_start, kv_start + k.shape[2]) if kv_positions is None else kv_positions,
         dict(zip(form.operands, operands, strict=True)),
+        dropout=None if seed is None else Dropout(rate, seed),
     )  # fmt: skip
     return _with(form, captured), x
 

@@ -10,7 +10,9 @@ compiled, and it encodes descriptors anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -19,6 +21,7 @@ from itertools import repeat
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton._C.libtriton import native_specialize_impl as specialise
@@ -78,10 +81,14 @@ def launch(entry: Any, programs: int, arguments: Sequence[Any], **options: Any) 
         if isinstance(compiled, CompiledKernel):  # a hook of Triton's may have kept it from being compiled
             _KNOWN[key] = Direct(compiled, count)
         return
+    if (seen := _watching()) is not None and seen.launches is not None:
+        seen.launches.append(Watched(direct, programs, boxes, rest))
     direct(programs, active.get_current_stream(device), boxes, rest)
 
 
 def ordinary(entry: Any, programs: int, arguments: Sequence[Any], **options: Any) -> Any:
+    if (seen := _watching()) is not None:
+        seen.launches = None
     given = [a.descriptor() if type(a) is Box else a for a in arguments]
     return entry[(programs,)](*given, **options)
 
@@ -92,11 +99,15 @@ def why_not(entry: Any) -> str | None:
         return "it is interpreted"
     if entry.pre_run_hooks:
         return "it has hooks that run before it"
-    if _waiting(knobs.runtime.launch_enter_hook) or _waiting(knobs.runtime.launch_exit_hook):
+    if hooks_wait():
         return "hooks wait for launches, as a profiler's do"
     if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return "a hook may change how it is compiled"
     return None
+
+
+def hooks_wait() -> bool:
+    return _waiting(knobs.runtime.launch_enter_hook) or _waiting(knobs.runtime.launch_exit_hook)
 
 
 def _waiting(hook: Any) -> bool:
@@ -153,6 +164,10 @@ class Direct:
         expanded: list[Any] = []
         for place, (base, shape, strides, _) in enumerate(boxes):
             expanded += self.encoded(place, base.data_ptr(), shape, strides)  # type: ignore[misc]
+        self.start(programs, stream, expanded, arguments)
+
+    def start(self, programs: int, stream: int, expanded: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """expanded: the boxes, encoded."""
         self.run(programs, 1, 1, stream, *self.of, None, None, None, *expanded, *arguments)
 
 
@@ -191,3 +206,46 @@ def _encoder(compiled: Any) -> Callable[..., list[Any]]:
         return make(_Described(_Base(pointer), shape, strides), known[place], *spare)
 
     return encode
+
+
+# ---- what a call launches ----
+
+
+class Watched(NamedTuple):
+    direct: Direct
+    programs: int
+    boxes: Sequence[Box]
+    arguments: Sequence[Any]
+
+
+@dataclass
+class Seen:
+    """What was launched, None if some of it went the ordinary way, and the tensors of `empty`."""
+
+    launches: list[Watched] | None
+    fresh: list[Tensor]
+
+
+@contextmanager
+def watched() -> Iterator[Seen]:
+    """What this thread launches meanwhile."""
+    before, _WATCH.seen = _watching(), Seen([], [])
+    try:
+        yield _WATCH.seen
+    finally:
+        _WATCH.seen = before
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for launches to fill."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if (seen := _watching()) is not None:
+        seen.fresh.append(made)
+    return made
+
+
+def _watching() -> Seen | None:
+    return getattr(_WATCH, "seen", None)
+
+
+_WATCH = threading.local()

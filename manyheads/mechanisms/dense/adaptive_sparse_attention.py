@@ -12,9 +12,7 @@ Zhao, Wang, Wei, et al. "Adaptive Sparse and Monotonic Attention for Transformer
 
 import torch
 
-from manyheads.core import Function, Law, Operand, mechanism
-from manyheads.core.entmax import entmax
-from manyheads.core.maps import read, score_map
+from manyheads.core import Law, Operand, Scores, mechanism
 
 
 def reference(q, k, v, *, alpha):
@@ -48,10 +46,6 @@ def above_one(a):
     causal=False,
     trained=True,
 )
-def adaptive_sparse_attention() -> Function:
+def adaptive_sparse_attention() -> Scores:
     """Entmax over all keys, its alpha learned for each head; it starts at 1.5."""
-
-    def forward(q, k, v, *, scale, alpha):
-        return read(entmax(score_map(q, k, scale), alpha[:, None, None]), v)
-
-    return Function(forward=forward, operands={"alpha": Operand("heads", above_one)})
+    return Scores(normaliser="entmax", alpha="alpha", operands={"alpha": Operand("heads", above_one)})

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Scores
+from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
 
 try:
-    from manyheads.engines.triton.hopper import backward, forward
+    from manyheads.engines.triton import replay
+    from manyheads.engines.triton.hopper import backward, entmax, forward, selected, tables
     from manyheads.engines.triton.hopper.launching import NORMALISERS, UNIT, WIDTHS
+    from manyheads.engines.triton.hopper.selected import Chosen
 except (ImportError, AttributeError) as error:  # no triton, or one that renamed something
+    if (getattr(error, "name", None) or "").startswith("manyheads"):
+        raise
     MISSING = f"this Triton has no Gluon for Hopper that is known here ({error})"
 else:
     MISSING = None
@@ -25,8 +29,12 @@ def why_not(form: Form, x: Inputs) -> str | None:
         return MISSING
     if not isinstance(form, Scores):
         return f"the Hopper kernel has no {type(form).__name__}"
-    if form.normaliser not in NORMALISERS:
+    if form.normaliser not in (*NORMALISERS, "entmax"):
         return f"the Hopper kernel has no {form.normaliser!r} normaliser"
+    if x.dropout is not None and torch.is_grad_enabled():
+        read = *form.program.tensors, *(t for name, t in x.operands.items() if name != form.sink)
+        if any(t.requires_grad for t in read):
+            return "under dropout the Hopper kernel gives gradients to q, k, v and sinks alone"
     if x.q.device.type != "cuda" or torch.version.hip or _capability(x.q.device) != 9:
         return "the Hopper kernel needs a GPU of compute capability 9"
     if x.q.dtype not in (torch.bfloat16, torch.float16) or not x.q.dtype == x.k.dtype == x.v.dtype:
@@ -38,22 +46,59 @@ def why_not(form: Form, x: Inputs) -> str | None:
         )
     if not all(isinstance(p, Tensor) or p.step == 1 for p in (x.q_positions, x.kv_positions)):
         return "the Hopper kernel needs consecutive positions, or a tensor of them"
-    return None
+    return entmax.why_not(form, x) if form.normaliser == "entmax" else None
 
 
-@cache
+def why_no_lists(form: Selection, x: Inputs) -> str | None:
+    """Why `run` cannot take a selection's inner scores and the blocks that were chosen."""
+    why = why_not(form.scores, x)
+    return selected.why_not(form, x) if why is None else why
+
+
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def run(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
-    """(o, lse), without gradients."""
-    return forward.run(form, x)
+def run(form: Scores, x: Inputs, chosen: Chosen | None = None) -> tuple[Tensor, Tensor]:
+    """(o, lse), without gradients. With entmax, which has no lse, what the backward pass needs stands in its place."""
+    if form.normaliser == "entmax":
+        return entmax.run(form, x)
+    given = x.q, x.k, x.v
+    key = replay.key_of(form, x, given) if chosen is None else None
+    return replay.replayed(key, given, lambda: _still(form, x), lambda: forward.run(form, x, chosen=chosen))  # type: ignore[return-value]  as compute does
+
+
+def again(form: Scores, x: Inputs) -> replay.Call | None:
+    """What `run` launched for q, k and v like those of x, once it is known."""
+    if MISSING or form.normaliser == "entmax":
+        return None
+    return replay.known(replay.key_of(form, x, (x.q, x.k, x.v)))
 
 
 def gradients(
     form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
-    needed: tuple[bool, bool, bool] = (True, True, True),
+    needed: tuple[bool, bool, bool] = (True, True, True), chosen: Chosen | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv of what `run` gave; None for those that are not needed."""
-    return backward.run(form, x, o, lse, do, dlse, needed)
+    if form.normaliser == "entmax":
+        return entmax.gradients(form, x, lse, do, needed)
+    common = None if form.normaliser == "none" else o
+    given = x.q, x.k, x.v, common, lse, do, dlse
+    key = replay.key_of(form, x, given, needed) if chosen is None else None
+    return replay.replayed(
+        key,
+        given,
+        lambda: _still(form, x),
+        lambda: backward.run(form, x, common, lse, do, dlse, needed, chosen=chosen),
+    )  # type: ignore[return-value]  as compute does
+
+
+def alpha_gradient(form: Scores, x: Inputs, tau: Tensor, do: Tensor) -> Tensor:
+    """Of the alpha of entmax, float32 [heads]. tau: what `run` gave in place of an lse."""
+    return entmax.alpha_gradient(form, x, tau, do)
+
+
+def _still(form: Scores, x: Inputs) -> Iterator[Tensor]:
+    """What kernels read besides their inputs: tables of tiles that are kept, and captured tensors."""
+    yield from (found.values for found in tables.KEPT.all())
+    yield from (form.program.tables.on(place, x.q.device) for place in range(len(form.program.tensors)))

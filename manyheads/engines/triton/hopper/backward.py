@@ -12,19 +12,23 @@ from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import position_operands
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import keys, queries, rows
 from manyheads.engines.triton.hopper.launching import (
+    DROPOUT,
     NORMALISERS,
     SIZES,
     STEPS,
     Kernel,
     descriptor,
+    dropping,
     kind_of,
     places,
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of, table_of
+from manyheads.engines.triton.hopper.selected import Chosen
+from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 FUNCTIONS = ("mask", "score", "dscore")
 ROWS = 128  # keys in a tile of `keys`, queries in one of `queries`: two warp groups of 64
@@ -32,13 +36,15 @@ ROWS = 128  # keys in a tile of `keys`, queries in one of `queries`: two warp gr
 
 class KeysTiling(NamedTuple):
     """How `keys` runs. queries: in a tile. q, do: tiles in shared memory. late: the last product of a tile goes with
-    the first ones of the next. apart: dK and dV are two launches, as their sums together do not fit the registers."""
+    the first ones of the next. apart: dK and dV are two launches, as their sums together do not fit the registers.
+    halves: 64 keys have a list of their own, and q and do are slots for each of the two."""
 
     queries: int
     q: int
     do: int
     late: bool = True
     apart: bool = False
+    halves: bool = False
 
 
 class QueriesTiling(NamedTuple):
@@ -59,6 +65,11 @@ KEYS_TILINGS = {
     (256, False): KeysTiling(32, 2, 2, late=False, apart=True),
     (256, True): KeysTiling(32, 2, 2, late=False, apart=True),
 }
+HALVES_TILINGS = {
+    64: KeysTiling(64, 3, 3, late=False, halves=True),
+    128: KeysTiling(64, 2, 2, late=False, halves=True),
+    256: KeysTiling(32, 1, 1, late=False, apart=True, halves=True),
+}
 QUERIES_TILINGS = {
     64: QueriesTiling(64, 4, 4, held=True),
     128: QueriesTiling(64, 4, 2, held=True),
@@ -66,9 +77,11 @@ QUERIES_TILINGS = {
 }
 
 
-def keys_tiling_of(form: Scores, x: Inputs) -> KeysTiling:
-    """With a score function, or a sign to keep, fewer registers are left."""
-    scored = form.program.has_score or form.normaliser == "signed"
+def keys_tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> KeysTiling:
+    """With a score function, a sign to keep, or dropout, fewer registers are left."""
+    if chosen is not None and chosen.halves:
+        return HALVES_TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
+    scored = form.program.has_score or form.normaliser == "signed" or x.dropout is not None
     return KEYS_TILINGS[wide(max(x.q.shape[3], x.v_head_dim)), scored]
 
 
@@ -81,52 +94,54 @@ KEYS = Kernel(
     keys, "keys",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "top_desc", "delta_desc", "dk_desc", "dv_desc", "q_at", "kv_at",
-        "table", *COUNTS, "scale", "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr", "KIND: tl.constexpr",
+        "table", *COUNTS, "scale", *DROPOUT, "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr", "KIND: tl.constexpr",
         "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DK: tl.constexpr",
-        "DV: tl.constexpr", "LATE: tl.constexpr",
+        "DV: tl.constexpr", "LATE: tl.constexpr", "HALVES: tl.constexpr",
     ),
-    COUNTS, FUNCTIONS,
+    (*COUNTS, "threshold"), FUNCTIONS,
 )  # fmt: skip
 QUERIES = Kernel(
     queries, "queries",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "dq_desc", "top", "delta", "q_at", "kv_at", "table", *COUNTS, "scale",
-        "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
+        *DROPOUT, "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
         "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
     ),
-    COUNTS, FUNCTIONS,
+    (*COUNTS, "threshold"), FUNCTIONS,
 )  # fmt: skip
 
 
 def run(
-    form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
+    form: Scores, x: Inputs, o: Tensor | None, lse: Tensor, do: Tensor, dlse: Tensor | None,
     needed: tuple[bool, bool, bool] = (True, True, True),
-    keys_tiling: KeysTiling | None = None, queries_tiling: QueriesTiling | None = None,
+    keys_tiling: KeysTiling | None = None, queries_tiling: QueriesTiling | None = None, chosen: Chosen | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv in the dtypes of q, k and v; None for those that are not needed. o, lse: what the forward pass gave;
-    do, dlse: their gradients."""
+    chosen: as in the forward pass. do, dlse: their gradients. Where nothing divides the weights o is None, as a row's
+    gradients have nothing in common."""
     do = do if do.stride(3) == 1 else do.contiguous()
     with torch.cuda.device_of(x.q):
-        call = _Call(form, x, do, *prepared(o, lse, do, dlse))
+        call = _Call(form, x, do, *prepared(o, lse, do, dlse), chosen)
         dq = _queries(call, queries_tiling or queries_tiling_of(x)) if needed[0] else None
-        dk, dv = _keys(call, keys_tiling or keys_tiling_of(form, x), needed[1], needed[2])
+        dk, dv = _keys(call, keys_tiling or keys_tiling_of(form, x, chosen), needed[1], needed[2])
     return dq, dk, dv
 
 
 class _Call:
     """What both kernels take."""
 
-    def __init__(self, form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor):
-        self.form, self.x, self.do, self.top, self.delta = form, x, do, top, delta
+    def __init__(self, form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor, chosen: Chosen | None):
+        self.chosen, self.form, self.x, self.do, self.top, self.delta = chosen, form, x, do, top, delta
         self.operands = position_operands(form, x)
         plain = not (form.program.has_mask or form.program.has_score or x.ragged)
         self.source = None if plain else source_of(form, x, FUNCTIONS)
         self.arguments = () if self.source is None else self.source.arguments(x.q.device, **self.operands)
         self.at, starts, steps = places((x.q_positions, x.kv_positions), x.q_len, x.kv_len, x.q.device)
-        self.sizes = x.heads, x.heads // x.kv_heads, x.q_len, x.kv_len, *starts, *steps, top.shape[2], float(x.scale)
+        sizes = x.heads, x.heads // x.kv_heads, x.q_len, x.kv_len, *starts, *steps, top.shape[2]
+        self.numbers = *sizes, float(x.scale), *dropping(x)
 
     def table(self, tile: tuple[int, int], turned: bool = False) -> Table | None:
-        return table_of(self.form.program, self.x, tile, self.operands, turned)
+        return (self.chosen or tables).table_of(self.form.program, self.x, tile, self.operands, turned)
 
     def steps(self, table: Table | None, tiles: int) -> tuple[Any, ...]:
         """A table's values and strides."""
@@ -139,17 +154,18 @@ class _Call:
 
 
 def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tuple[Tensor | None, Tensor | None]:
-    x, (queries, q_stages, do_stages, late, apart) = call.x, tiling
-    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.k, x.v))
-    tiles, table = cdiv(x.kv_len, ROWS), call.table((queries, ROWS), turned=True)
+    x, (queries, q_stages, do_stages, late, apart, halves) = call.x, tiling
+    dk, dv = (quick.empty(t.shape, t.dtype, t.device) for t in (x.k, x.v))
+    tiles, parts = cdiv(x.kv_len, ROWS), 2 if halves else 1
+    table = call.table((queries, ROWS // parts), turned=True)
     for which in ((needs_dk, False), (False, needs_dv)) if apart else ((needs_dk, needs_dv),):
         if any(which):
             own = (
                 descriptor(x.q, queries), descriptor(call.do, queries), descriptor(x.k, ROWS // 2),
                 descriptor(x.v, ROWS // 2), _lines(call.top, queries), _lines(call.delta, queries),
                 descriptor(dk, ROWS // 2), descriptor(dv, ROWS // 2), *call.at,
-                *call.steps(table, tiles), *call.sizes, q_stages, do_stages,
-                *call.kinds(table, x.q_len % queries != 0), *which, late,
+                *call.steps(table, parts * tiles), *call.numbers, q_stages, do_stages,
+                *call.kinds(table, x.q_len % queries != 0), *which, late, halves,
             )  # fmt: skip
             KEYS.run(x.batch * x.kv_heads * tiles, own, call.source, call.arguments)
     return dk if needs_dk else None, dv if needs_dv else None
@@ -157,27 +173,31 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
 
 def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
     x, (keys, k_stages, v_stages, held) = call.x, tiling
-    dq = torch.empty_like(x.q, memory_format=torch.contiguous_format)
+    dq = quick.empty(x.q.shape, x.q.dtype, x.q.device)
     tiles, table = cdiv(x.q_len, ROWS), call.table((ROWS, keys))
     own = (
         descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys), descriptor(x.v, keys),
-        descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.sizes, k_stages,
+        descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers, k_stages,
         v_stages, *call.kinds(table, x.kv_len % keys != 0), held,
     )  # fmt: skip
     QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
     return dq
 
 
-def prepared(o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+def prepared(o: Tensor | None, lse: Tensor, do: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
     """For each query its lse in base two and delta, float32 [batch, heads, q_len up to a multiple of ROWS]."""
-    batch, heads, q_len, head_dim = o.shape
+    batch, heads, q_len, head_dim = do.shape
     padded, tile = cdiv(q_len, ROWS) * ROWS, 64
-    top, delta = (torch.empty(batch, heads, padded, dtype=torch.float32, device=o.device) for _ in range(2))
-    rows.rows[(padded // tile * heads * batch,)](
+    if o is None:
+        nothing = torch.zeros(batch, heads, padded, dtype=torch.float32, device=do.device)
+        return nothing, nothing
+    top, delta = (quick.empty((batch, heads, padded), torch.float32, o.device) for _ in range(2))
+    own = (
         o, do, lse, lse if dlse is None else dlse, top, delta, *o.stride()[:3], *do.stride()[:3],
         *(lse if dlse is None else dlse).stride(), q_len, padded, heads, head_dim, wide(head_dim), tile,
-        dlse is not None, num_warps=4,
+        dlse is not None,
     )  # fmt: skip
+    quick.launch(rows.rows, padded // tile * heads * batch, own, num_warps=4)
     return top, delta
 
 

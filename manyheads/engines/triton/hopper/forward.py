@@ -12,19 +12,24 @@ from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
 from manyheads.core.rows import unseen
 from manyheads.core.tiling import position_operands
+from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import attend
 from manyheads.engines.triton.hopper.launching import (
+    DROPOUT,
     NORMALISERS,
     SIZES,
     STEPS,
     Kernel,
     descriptor,
+    dropping,
     places,
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.tables import EVERY, steps_of, table_of
+from manyheads.engines.triton.hopper.selected import Chosen
+from manyheads.engines.triton.hopper.tables import EVERY, steps_of
 
 QUERIES = 128  # in a tile: two warp groups of 64
 
@@ -38,35 +43,38 @@ class Tiling(NamedTuple):
 
 # By the wider of head_dim and v_head_dim, both rounded up to one of WIDTHS.
 TILINGS = {64: Tiling(128, 3), 128: Tiling(128, 2), 256: Tiling(64, 2)}
+HALVES = Tiling(64, 4)  # where blocks of keys are no multiples of 128
 
 
-def tiling_of(x: Inputs) -> Tiling:
-    return TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
+def tiling_of(x: Inputs, chosen: Chosen | None = None) -> Tiling:
+    found = TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
+    return found if chosen is None or chosen.key_block % found.keys == 0 else HALVES
 
 
 ATTEND = Kernel(
     attend, "attend",
     (
         "q_desc", "k_desc", "v_desc", "o_desc", "lse", "sink", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
-        "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
+        *DROPOUT, "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
         "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr",
     ),
-    (*STEPS, *SIZES), ("mask", "score"),
+    (*STEPS, *SIZES, "threshold"), ("mask", "score"),
 )  # fmt: skip
 
 
-def run(form: Scores, x: Inputs, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """o [batch, heads, q_len, v_head_dim] in q's dtype and the natural lse in float32, without gradients."""
+def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | None = None) -> tuple[Tensor, Tensor]:
+    """o [batch, heads, q_len, v_head_dim] in q's dtype and the natural lse in float32, without gradients. chosen: the
+    blocks that the mask is about, if not all."""
     batch, heads, q_len, _ = x.q.shape
-    o = x.q.new_empty(batch, heads, q_len, x.v_head_dim)
+    o = quick.empty((batch, heads, q_len, x.v_head_dim), x.q.dtype, x.q.device)
     if not (x.q.numel() and x.k.numel() and x.v.numel()):
         return o.zero_(), unseen(form, x).float().detach()
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=x.q.device)
-    keys, stages = tiling or tiling_of(x)
+    lse = quick.empty((batch, heads, q_len), torch.float32, x.q.device)
+    keys, stages = tiling or tiling_of(x, chosen)
     operands = position_operands(form, x)
     plain = not (form.program.has_mask or form.program.has_score or x.ragged)
     source = None if plain else source_of(form, x, ("mask", "score"))
-    table = table_of(form.program, x, (QUERIES, keys), operands)
+    table = (chosen or tables).table_of(form.program, x, (QUERIES, keys), operands)
     q, scale = x.q, float(x.scale)
     if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -77,7 +85,8 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None) -> tuple[Tensor, 
         descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None, NORMALISERS[form.normaliser],
+        *dropping(x), stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
+        NORMALISERS[form.normaliser],
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)
     with torch.cuda.device_of(q):

@@ -54,6 +54,7 @@ class Kernel:
 _ENTRIES: dict[tuple[str, str], Any] = {}  # by kernel and text
 SIZES = ("heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step")
 STEPS = ("table_batch", "table_head", "table_row")
+DROPOUT = ("seed", "threshold", "inflation")
 
 
 def source_of(form: Scores, x: Inputs, functions: tuple[str, ...]) -> Source:
@@ -71,6 +72,14 @@ def places(
         return (None, None), (q.start, kv.start), (0, 0)
     q, kv = (as_rows(p, device).to(device, torch.int32).contiguous() for p in positions)
     return (q, kv), (0, 0), tuple(t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))  # type: ignore[return-value]
+
+
+def dropping(x: Inputs) -> tuple[Tensor | None, int | None, float | None]:
+    """DROPOUT, the threshold as the int32 of the same bits; None without."""
+    if x.dropout is None:
+        return None, None, None
+    threshold = x.dropout.threshold
+    return x.dropout.seed, threshold - 2**32 if threshold >= 2**31 else threshold, x.dropout.inflation
 
 
 def descriptor(x: Tensor, rows: int) -> quick.Box:

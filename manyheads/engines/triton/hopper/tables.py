@@ -12,13 +12,16 @@ from torch import Tensor
 
 from manyheads.core.expressions import EMPTY, FULL, Program
 from manyheads.core.inputs import Inputs, as_range
+from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.lists import Kept, key_of
 
-EVERY, RANGES, LISTS = 0, 1, 2  # kinds of tables, as in kernels/common.py
+MANY = 2**20  # tiles, which take a CPU a second
+EVERY, RANGES, LISTS, JUMPS = 0, 1, 2, 3  # kinds of tables, as in kernels/common.py
 
 
 class Table(NamedTuple):
-    """values: int32 [batch | 1, heads | 1, rows of tiles, n], see `ranges` and `lists`."""
+    """values: int32 [batch | 1, heads | 1, rows of tiles, n], see `ranges` and `lists`; for JUMPS flat, with a number
+    for each row of tiles in front."""
 
     kind: int
     values: Tensor
@@ -82,10 +85,7 @@ def table_of(
         return None
 
     def make() -> Table:
-        at = as_range(x.q_positions), as_range(x.kv_positions)
-        # What lies on the GPU is not fetched, and not waited for.
-        device = x.q.device if any(t.device == x.q.device for t in program.tensors) else None
-        tiles = program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=device, **operands)
+        tiles = tiles_of(program, x, tile, operands)
         found = table(tiles.mT.contiguous(), x.q_len, tile[0]) if turned else table(tiles, x.kv_len, tile[1])
         return found.to(x.q.device)
 
@@ -100,11 +100,24 @@ def table_of(
     return found
 
 
+def tiles_of(program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor]) -> Tensor:
+    """The map of tiles of a call. It is made on the GPU if something that the mask reads lies there, which is not
+    fetched and not waited for, or if there are many tiles; else on the CPU."""
+    at = as_range(x.q_positions), as_range(x.kv_positions)
+    depends = program.mask_depends
+    heads = (x.batch if "b" in depends else 1) * (x.heads if "h" in depends else 1)
+    many = heads * cdiv(x.q_len, tile[0]) * cdiv(x.kv_len, tile[1]) > MANY
+    device = x.q.device if many or any(t.device == x.q.device for t in program.tensors) else None
+    return program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=device, **operands)
+
+
 def steps_of(table: Table | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Strides of a table for so many batches, heads and rows, 0 where it is shared."""
     if table is None:
         return 0, 0, 0
     values = table.values
+    if table.kind == JUMPS:
+        return shape[1] * shape[2], shape[2], 1
     batch, heads, rows, _ = values.shape
     if batch not in (1, shape[0]) or heads not in (1, shape[1]) or rows != shape[2] or not values.is_contiguous():
         raise ValueError(f"a table of {list(values.shape)} does not fit {shape[0]} x {shape[1]} heads, {shape[2]} rows")

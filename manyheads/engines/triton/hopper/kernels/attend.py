@@ -14,11 +14,13 @@ from manyheads.engines.triton.hopper.kernels.common import (
     LOG2E,
     NONE,
     SIGNED,
+    changed,
     positions_of,
     row_of,
     seen_of,
     tile_of,
 )
+from manyheads.engines.triton.hopper.kernels.dropping import dropped, kept, key_of
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
     gl,
@@ -64,25 +66,6 @@ def _producer(
     mbarrier.wait(v_free.index(last), (((n - 1) // STAGES) & 1) ^ 1)
     mbarrier.expect(v_full.index(last), KEYS * V_DIM * 2)
     tma_load(v_desc, [b, kv_head, tile * KEYS, 0], v_full.index(last), vs.index(last))
-
-
-@gluon.jit
-def _changed(
-    s, b, h, i, j, inside, partial, scale, A,
-    SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr, NORMALISER: gl.constexpr,
-):  # fmt: skip
-    """The scores after the score function and, in partial tiles, the mask."""
-    if SCORE is not None:
-        s = SCORE(s * scale, b, h, i, j, A)
-    elif NORMALISER == NONE:
-        s = s * scale
-    if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
-        if partial:
-            seen = inside
-            if MASK is not None:
-                seen = seen & MASK(b, h, i, j, A)
-            s = gl.where(seen, s, 0.0 if NORMALISER == NONE else float("-inf"))
-    return s
 
 
 @gluon.jit
@@ -134,8 +117,8 @@ def _finished(o, m, l, sink, h, NORMALISER: gl.constexpr):
 def _consumer(
     o_desc, lse, sink, q, out, q_full, ks, vs, k_full, k_free, v_full, v_free,
     table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-    scale, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
+    scale, seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     ROWS: gl.constexpr = q.shape[2]
@@ -155,6 +138,8 @@ def _consumer(
     o = gl.full([ROWS, V_DIM], 0.0, gl.float32, o_layout)
     zero = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
     q2 = q.reshape([ROWS, DIM])
+    if seed is not None:
+        low, high = key_of(seed, b, h)
 
     mbarrier.wait(q_full, 0)
     tile, partial = tile_of(table, 0, lo, f0, f1, KIND)
@@ -166,8 +151,10 @@ def _consumer(
     y = tile * KEYS + columns
     j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
     inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
-    s = _changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
+    s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
     p, fade, m, l = _weights(s, m, l, factor, NORMALISER)
+    if seed is not None:
+        p = dropped(p, kept(low, high, i, j, threshold), inflation)
     p16 = gl.convert_layout(p.to(dtype), p_layout)
     for step in range(1, n):
         slot = step % STAGES
@@ -184,8 +171,10 @@ def _consumer(
         y = tile * KEYS + columns
         j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
         inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
-        s = _changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
+        s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
         p, fade, m, l = _weights(s, m, l, factor, NORMALISER)
+        if seed is not None:
+            p = dropped(p, kept(low, high, i, j, threshold), inflation)
         o = warpgroup_mma_wait(0, deps=[o_later])
         mbarrier.arrive(v_free.index(before))
         p16 = gl.convert_layout(p.to(dtype), p_layout)
@@ -196,6 +185,8 @@ def _consumer(
     o = warpgroup_mma_wait(0, deps=[o_later])
 
     o, own_lse = _finished(o, m, l, sink, h, NORMALISER)
+    if seed is not None:
+        o = o * inflation
     out.reshape([ROWS, V_DIM]).store(o.to(dtype))
     fence_async_shared()
     tma_store(o_desc, [b, h, row, 0], out)
@@ -206,12 +197,12 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "table_batch", "table_head", "table_row", "heads", "group", "q_len", "kv_len", "q_start", "kv_start",
-        "q_at_step", "kv_at_step",
+        "q_at_step", "kv_at_step", "threshold",
     ]
 )  # fmt: skip
 def attend(
     q_desc, k_desc, v_desc, o_desc, lse, sink, q_at, kv_at, table, table_batch, table_head, table_row,
-    heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale,
+    heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, seed, threshold, inflation,
     STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
@@ -219,6 +210,7 @@ def attend(
 
     table: int32, see RANGES and LISTS; table_batch, table_head, table_row: its strides, 0 where it is shared.
     q_at, kv_at: if POSITIONS, int32 positions [batch, len], -1 for an absent token.
+    seed, threshold, inflation: of dropout, see core/dropout.py, or None three times.
     A: what the functions score(s, b, h, i, j, A) and mask(b, h, i, j, A) read. MASKED: there are tiles to mask.
     """
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -265,12 +257,12 @@ def attend(
             (_consumer, (
                 o_desc, lse, sink, q0, o0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
+                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
             )),
             (_consumer, (
                 o_desc, lse, sink, q1, o1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
+                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, q0, q1, q_full, ks, vs, k_full, k_free, v_full, v_free,

@@ -9,9 +9,11 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 # What the table holds for each tile of queries. LISTS: the number of key tiles, then 2 * tile + partial for each.
 # RANGES: the key tiles are lo to hi - 1, those of them from f0 to f1 - 1 are full. EVERY: there is no table.
+# JUMPS: how far behind there is what LISTS has.
 EVERY = gl.constexpr(0)
 RANGES = gl.constexpr(1)
 LISTS = gl.constexpr(2)
+JUMPS = gl.constexpr(3)
 
 # Weights from scores. SIGNED: sign(s) softmax(|s|). NONE: the scores themselves. 0 is the softmax.
 SIGNED = gl.constexpr(1)
@@ -30,7 +32,9 @@ def row_of(table, full, tiles, KIND: gl.constexpr):
         n = gl.load(table + 1) - lo
         f0 = gl.load(table + 2)
         f1 = gl.load(table + 3)
-    if KIND == LISTS:
+    if KIND == JUMPS:
+        table += gl.load(table)
+    if KIND >= LISTS:
         n = gl.load(table)
         table += 1
     return table, n, lo, f0, f1
@@ -39,7 +43,7 @@ def row_of(table, full, tiles, KIND: gl.constexpr):
 @gluon.jit
 def tile_of(table, step, lo, f0, f1, KIND: gl.constexpr):
     """The tile of a step, and whether the mask must look at it."""
-    if KIND == LISTS:
+    if KIND >= LISTS:
         entry = gl.load(table + step)
         return entry >> 1, (entry & 1) == 1
     else:
@@ -63,3 +67,28 @@ def seen_of(i, j, inside, POSITIONS: gl.constexpr):
         return inside & (i >= 0) & (j >= 0)
     else:
         return inside
+
+
+@gluon.jit
+def changed(
+    s, b, h, i, j, inside, partial, scale, A,
+    SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr, NORMALISER: gl.constexpr,
+):  # fmt: skip
+    """The scores after the score function and, in partial tiles, the mask."""
+    if SCORE is not None:
+        s = SCORE(s * scale, b, h, i, j, A)
+    elif NORMALISER == NONE:
+        s = s * scale
+    if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
+        if partial:
+            seen = inside
+            if MASK is not None:
+                seen = seen & MASK(b, h, i, j, A)
+            s = gl.where(seen, s, 0.0 if NORMALISER == NONE else float("-inf"))
+    return s
+
+
+@gluon.jit
+def lg2(x):
+    """log2. What Triton makes of it is several times larger, for the sake of subnormal numbers."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

@@ -7,6 +7,7 @@ LATE: the last product of a tile is issued with the first ones of the next. DK, 
 from __future__ import annotations
 
 from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of, tile_of
+from manyheads.engines.triton.hopper.kernels.dropping import dropped, kept, key_of
 from manyheads.engines.triton.hopper.kernels.slopes import through, weights
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
@@ -22,13 +23,33 @@ from manyheads.engines.triton.hopper.names import (
 
 
 @gluon.jit
-def _producer(
-    q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, k0, k1, v0, v1, kv_full, qs, dos, tops, deltas,
-    q_full, q_free, do_full, do_free, table, table_head, b, heads, kv_head, group, key, q_len, padded,
-    KIND: gl.constexpr, DK: gl.constexpr,
+def _load(
+    q_desc, do_desc, top_desc, delta_desc, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
+    b, h, tile, lines, step,
 ):  # fmt: skip
+    """A tile of q and dO and the numbers of its rows."""
     Q_STAGES: gl.constexpr = qs.shape[0]
     DO_STAGES: gl.constexpr = dos.shape[0]
+    QUERIES: gl.constexpr = qs.shape[3]
+    a = step % Q_STAGES
+    mbarrier.wait(q_free.index(a), ((step // Q_STAGES) & 1) ^ 1)
+    mbarrier.expect(q_full.index(a), QUERIES * qs.shape[4] * 2 + QUERIES * 4)
+    tma_load(q_desc, [b, h, tile * QUERIES, 0], q_full.index(a), qs.index(a))
+    tma_load(top_desc, [lines + tile, 0], q_full.index(a), tops.index(a))
+    c = step % DO_STAGES
+    mbarrier.wait(do_free.index(c), ((step // DO_STAGES) & 1) ^ 1)
+    mbarrier.expect(do_full.index(c), QUERIES * dos.shape[4] * 2 + QUERIES * 4)
+    tma_load(do_desc, [b, h, tile * QUERIES, 0], do_full.index(c), dos.index(c))
+    tma_load(delta_desc, [lines + tile, 0], do_full.index(c), deltas.index(c))
+
+
+@gluon.jit
+def _producer(
+    q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, k0, k1, v0, v1, kv_full, qs, dos, tops, deltas,
+    q_full, q_free, do_full, do_free, qs1, dos1, tops1, deltas1, q_full1, q_free1, do_full1, do_free1,
+    table, table1, table_head, b, heads, kv_head, group, key, q_len, padded,
+    KIND: gl.constexpr, DK: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
     QUERIES: gl.constexpr = qs.shape[3]
     DIM: gl.constexpr = qs.shape[4]
     V_DIM: gl.constexpr = dos.shape[4]
@@ -41,32 +62,45 @@ def _producer(
         tma_load(v_desc, [b, kv_head, key, 0], kv_full, v0)
         tma_load(v_desc, [b, kv_head, key + ROWS, 0], kv_full, v1)
     step = 0
+    step1 = 0
     for member in range(group):
         h = kv_head * group + member
         lines = (b * heads + h) * (padded // QUERIES)
         line, n, lo, f0, f1 = row_of(table + h.to(gl.int64) * table_head, q_len // QUERIES, tiles, KIND)
-        for turn in range(n):
-            tile, _ = tile_of(line, turn, lo, f0, f1, KIND)
-            a = step % Q_STAGES
-            mbarrier.wait(q_free.index(a), ((step // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(a), QUERIES * DIM * 2 + QUERIES * 4)
-            tma_load(q_desc, [b, h, tile * QUERIES, 0], q_full.index(a), qs.index(a))
-            tma_load(top_desc, [lines + tile, 0], q_full.index(a), tops.index(a))
-            c = step % DO_STAGES
-            mbarrier.wait(do_free.index(c), ((step // DO_STAGES) & 1) ^ 1)
-            mbarrier.expect(do_full.index(c), QUERIES * V_DIM * 2 + QUERIES * 4)
-            tma_load(do_desc, [b, h, tile * QUERIES, 0], do_full.index(c), dos.index(c))
-            tma_load(delta_desc, [lines + tile, 0], do_full.index(c), deltas.index(c))
-            step += 1
+        if HALVES:
+            line1, n1, lo, f0, f1 = row_of(table1 + h.to(gl.int64) * table_head, q_len // QUERIES, tiles, KIND)
+            for turn in range(gl.maximum(n, n1)):
+                if turn < n:
+                    tile, _ = tile_of(line, turn, lo, f0, f1, KIND)
+                    _load(
+                        q_desc, do_desc, top_desc, delta_desc, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
+                        b, h, tile, lines, step,
+                    )  # fmt: skip
+                    step += 1
+                if turn < n1:
+                    tile1, _ = tile_of(line1, turn, lo, f0, f1, KIND)
+                    _load(
+                        q_desc, do_desc, top_desc, delta_desc, qs1, dos1, tops1, deltas1, q_full1, q_free1, do_full1,
+                        do_free1, b, h, tile1, lines, step1,
+                    )  # fmt: skip
+                    step1 += 1
+        else:
+            for turn in range(n):
+                tile, _ = tile_of(line, turn, lo, f0, f1, KIND)
+                _load(
+                    q_desc, do_desc, top_desc, delta_desc, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
+                    b, h, tile, lines, step,
+                )  # fmt: skip
+                step += 1
 
 
 @gluon.jit
 def _consumer(
     dk_desc, dv_desc, k, v, kv_full, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
     table, table_head, b, kv_head, group, key, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-    scale, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr,
-    NORMALISER: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, LATE: gl.constexpr,
+    scale, seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
+    MASK: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr,
+    DV: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     Q_STAGES: gl.constexpr = qs.shape[0]
     DO_STAGES: gl.constexpr = dos.shape[0]
@@ -99,6 +133,8 @@ def _consumer(
         line, n, lo, f0, f1 = row_of(
             table + h.to(gl.int64) * table_head, q_len // QUERIES, (q_len + QUERIES - 1) // QUERIES, KIND
         )
+        if seed is not None:
+            low, high = key_of(seed, b, h)
         for turn in range(n):
             tile, partial = tile_of(line, turn, lo, f0, f1, KIND)
             a = step % Q_STAGES
@@ -121,8 +157,12 @@ def _consumer(
                 s, tops.index(a).load(s_layout), b, h, i, j, inside, partial, scale, A,
                 SCORE, DSCORE, MASK, MASKED, NORMALISER,
             )  # fmt: skip
+            product = weight
+            if seed is not None:
+                keep = kept(low, high, i, j, threshold)
+                product = dropped(weight, keep, inflation)
             if DV:
-                p16 = gl.convert_layout(weight.to(dtype), p_layout)
+                p16 = gl.convert_layout(product.to(dtype), p_layout)
                 dv_later = warpgroup_mma(p16, do, dv, is_async=True)
             if DK:
                 if LATE:
@@ -130,6 +170,8 @@ def _consumer(
                     mbarrier.arrive(q_free.index(before), pred=step > 0)
                 else:
                     dp = warpgroup_mma_wait(1 if DV else 0, deps=[dp_later])
+                if seed is not None:
+                    dp = gl.where(keep, dp, 0.0) * inflation
                 ds = through(slope, weight, dp, deltas.index(c).load(s_layout), NORMALISER)
                 ds16 = gl.convert_layout(ds.to(dtype), ds_layout)
                 if not LATE:
@@ -150,6 +192,8 @@ def _consumer(
                 dk = warpgroup_mma_wait(0, deps=[dk_later])
         k2.store((dk * scale).to(dtype))
     if DV:
+        if seed is not None:
+            dv = dv * inflation
         if DK:
             v2.store(dv.to(dtype))
         else:
@@ -165,18 +209,19 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "table_batch", "table_head", "table_row", "heads", "group", "q_len", "kv_len", "q_start", "kv_start",
-        "q_at_step", "kv_at_step", "padded",
+        "q_at_step", "kv_at_step", "padded", "threshold",
     ]
 )  # fmt: skip
 def keys(
     q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, dk_desc, dv_desc, q_at, kv_at, table, table_batch,
     table_head, table_row, heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, LATE: gl.constexpr,
-    A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
+    seed, threshold, inflation, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    LATE: gl.constexpr, HALVES: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
     """dK (if DK) and dV (if DV) of a tile of keys, over the query heads that share it, in their order. Grid: tiles *
-    kv_heads * batch. table: as in the forward pass, with the sides exchanged."""
+    kv_heads * batch. table: as in the forward pass, with the sides exchanged. HALVES: it has a row for every 64 keys,
+    and each consumer its own q and dO."""
     ROWS: gl.constexpr = k_desc.block_shape[2]
     QUERIES: gl.constexpr = q_desc.block_shape[2]
     DIM: gl.constexpr = q_desc.block_shape[3]
@@ -189,7 +234,8 @@ def keys(
     b = pid // tiles // kv_heads
     kv_head = pid // tiles % kv_heads
     key = at * (2 * ROWS)
-    table += b.to(gl.int64) * table_batch + at.to(gl.int64) * table_row
+    table += b.to(gl.int64) * table_batch + at.to(gl.int64) * (table_row * (2 if HALVES else 1))
+    table1 = table
     k0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], k_desc.layout)
     k1 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], k_desc.layout)
     v0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, V_DIM], v_desc.layout)
@@ -203,29 +249,49 @@ def keys(
     q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
     do_free = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+    qs1, dos1, tops1, deltas1 = qs, dos, tops, deltas
+    q_full1, q_free1, do_full1, do_free1 = q_full, q_free, do_full, do_free
+    if HALVES:
+        table1 += table_row
+        qs1 = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, QUERIES, DIM], q_desc.layout)
+        dos1 = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, QUERIES, V_DIM], do_desc.layout)
+        tops1 = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, QUERIES], top_desc.layout)
+        deltas1 = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, QUERIES], delta_desc.layout)
+        q_full1 = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+        q_free1 = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+        do_full1 = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+        do_free1 = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(Q_STAGES):
+            mbarrier.init(q_full1.index(slot), count=1)
+            mbarrier.init(q_free1.index(slot), count=1)
+        for slot in gl.static_range(DO_STAGES):
+            mbarrier.init(do_full1.index(slot), count=1)
+            mbarrier.init(do_free1.index(slot), count=1)
     mbarrier.init(kv_full, count=1)
     for slot in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_free.index(slot), count=2)
+        mbarrier.init(q_free.index(slot), count=1 if HALVES else 2)
     for slot in gl.static_range(DO_STAGES):
         mbarrier.init(do_full.index(slot), count=1)
-        mbarrier.init(do_free.index(slot), count=2)
+        mbarrier.init(do_free.index(slot), count=1 if HALVES else 2)
     gl.warp_specialize(
         [
             (_consumer, (
                 dk_desc, dv_desc, k0, v0, kv_full, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
                 table, table_head, b, kv_head, group, key, q_len, kv_len, q_start, kv_start, q_at, q_at_step,
-                kv_at, kv_at_step, scale, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, DK, DV, LATE,
+                kv_at, kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, DK, DV, LATE,
             )),
             (_consumer, (
-                dk_desc, dv_desc, k1, v1, kv_full, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
-                table, table_head, b, kv_head, group, key + ROWS, q_len, kv_len, q_start, kv_start, q_at, q_at_step,
-                kv_at, kv_at_step, scale, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, DK, DV, LATE,
+                dk_desc, dv_desc, k1, v1, kv_full, qs1, dos1, tops1, deltas1, q_full1, q_free1, do_full1, do_free1,
+                table1, table_head, b, kv_head, group, key + ROWS, q_len, kv_len, q_start, kv_start, q_at, q_at_step,
+                kv_at, kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, DK, DV, LATE,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, k0, k1, v0, v1, kv_full, qs, dos, tops, deltas,
-                q_full, q_free, do_full, do_free, table, table_head, b, heads, kv_head, group, key, q_len, padded,
-                KIND, DK,
+                q_full, q_free, do_full, do_free, qs1, dos1, tops1, deltas1, q_full1, q_free1, do_full1, do_free1,
+                table, table1, table_head, b, heads, kv_head, group, key, q_len, padded, KIND, DK, HALVES,
             )),
         ],
         [4, 4],

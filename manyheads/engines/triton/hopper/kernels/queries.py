@@ -4,6 +4,7 @@ issued with the first ones of the next. HELD: dO stays in registers."""
 from __future__ import annotations
 
 from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of, tile_of
+from manyheads.engines.triton.hopper.kernels.dropping import kept, key_of
 from manyheads.engines.triton.hopper.kernels.slopes import through, weights
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
@@ -49,10 +50,9 @@ def _producer(
 @gluon.jit
 def _consumer(
     dq_desc, top, delta, q, do, q_full, ks, vs, k_full, k_free, v_full, v_free,
-    table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale, A,
-    KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr,
-    NORMALISER: gl.constexpr, HELD: gl.constexpr,
+    table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale,
+    seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr, MASK: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     K_STAGES: gl.constexpr = ks.shape[0]
     V_STAGES: gl.constexpr = vs.shape[0]
@@ -78,6 +78,8 @@ def _consumer(
         do2 = do.reshape([ROWS, V_DIM]).load(gl.DotOperandLayout(0, q_layout, 2))
     else:
         do2 = do.reshape([ROWS, V_DIM])
+    if seed is not None:
+        low, high = key_of(seed, b, h)
     for step in range(n):
         tile, partial = tile_of(table, step, lo, f0, f1, KIND)
         a = step % K_STAGES
@@ -99,6 +101,8 @@ def _consumer(
         )
         dp = warpgroup_mma_wait(1, deps=[dp_later])
         mbarrier.arrive(v_free.index(c))
+        if seed is not None:
+            dp = gl.where(kept(low, high, i, j, threshold), dp, 0.0) * inflation
         ds = through(slope, weight, dp, own_delta, NORMALISER)
         dq = warpgroup_mma_wait(0, deps=[dq_later])
         mbarrier.arrive(k_free.index(before), pred=step > 0)
@@ -115,14 +119,14 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "table_batch", "table_head", "table_row", "heads", "group", "q_len", "kv_len", "q_start", "kv_start",
-        "q_at_step", "kv_at_step", "padded",
+        "q_at_step", "kv_at_step", "padded", "threshold",
     ]
 )  # fmt: skip
 def queries(
     q_desc, do_desc, k_desc, v_desc, dq_desc, top, delta, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
+    seed, threshold, inflation, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table: as in the forward pass."""
@@ -165,12 +169,13 @@ def queries(
             (_consumer, (
                 dq_desc, top, delta, q0, do0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-                scale, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, HELD,
+                scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, HELD,
             )),
             (_consumer, (
                 dq_desc, top, delta, q1, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, HELD,
+                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, HELD,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, q0, q1, do0, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,

@@ -43,9 +43,7 @@ def weights(
 @gluon.jit
 def through(slope, weight, dp, delta, NORMALISER: gl.constexpr):
     """The gradient of the product."""
-    if NORMALISER == NONE:
-        return slope * dp
-    elif NORMALISER == SIGNED:
+    if NORMALISER == SIGNED:
         return slope * (gl.where(weight < 0.0, -dp, dp) - delta)
     else:
         return slope * (dp - delta)

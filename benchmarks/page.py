@@ -1,0 +1,98 @@
+"""docs/benchmarks.md, from the rows of benchmarks/attention.py and nothing else: the newest row of each kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ENGINES = {
+    "ours": "manyheads", "cudnn": "cuDNN", "flex": "FlexAttention", "flash2": "FA2", "flash3": "FA3", "flash4": "FA4",
+}  # fmt: skip
+HEAD = """\
+<!-- Written by docs/generate.py from benchmarks/results: run the benchmark, do not edit. -->
+
+# Benchmarks
+
+    make bench
+
+times our kernels beside those that are installed, in one process, and appends rows to a file. `python docs/generate.py`
+writes this page from all files in `benchmarks/results`, the newest row of each kind. A row exists only where outputs
+and gradients were near float64. TFLOP/s are useful ones: 4 operations for each number of the head and each pair that the
+mask allows, 2.5 times as many backward. The engines of one line ran one after the other on one chip; how much each
+varied is in the file. FA3 is timed forward alone.
+"""
+SHAPE = ("batch", "heads", "kv_heads", "length", "head_dim")
+Row = Mapping[str, Any]
+
+
+def rows(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All rows of all files that attention.py wrote."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in map(json.loads, lines) if "engine" in row and "case" in row]
+
+
+def newest(found: Iterable[Row]) -> list[Row]:
+    """The last of the rows of each kind."""
+    kinds: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(found, key=lambda r: r["time"]):
+        kinds[tuple(row.get(name) for name in ("case", *SHAPE, "dtype", "engine", "pass"))] = row
+    return list(kinds.values())
+
+
+def page(found: Iterable[Row]) -> str:
+    kept = newest(found)
+    timed = [r for r in kept if "tflops" in r]
+    machines = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, cuDNN {r['cudnn']}" for r in timed})
+    parts = [HEAD, *(f"On {machine}.\n" for machine in machines)]
+    for back in ("forward", "backward"):
+        parts += [f"## {back.capitalize()}\n", *_table([r for r in timed if r["pass"] == back]), ""]
+    parts += ["## Around the kernels\n", *_around(kept), ""]
+    return "\n".join(parts)
+
+
+def _table(timed: list[Row]) -> list[str]:
+    engines = [e for e in ENGINES if any(r["engine"] == e for r in timed)]
+    head = ["case", "shape", *(ENGINES[e] for e in engines), "of the best", "of FlexAttention"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    key = lambda r: (-r["head_dim"], r["case"], *(r[name] for name in SHAPE))  # noqa: E731  sort, group
+    for _, group in groupby(sorted(timed, key=key), key=key):
+        same = {r["engine"]: r for r in group}
+        if "ours" not in same:
+            continue
+        ours = same["ours"]["tflops"]
+        others = [r["tflops"] for e, r in same.items() if e != "ours"]
+        speeds = [f"{same[e]['tflops']:.0f}" if e in same else "" for e in engines]
+        best = f"{ours / max(others):.2f}" if others else ""
+        flex = f"{ours / same['flex']['tflops']:.2f}" if "flex" in same else ""
+        lines.append(f"| {' | '.join([same['ours']['case'], _shape(same['ours']), *speeds, best, flex])} |")
+    return lines
+
+
+def _shape(row: Row) -> str:
+    heads = f"{row['heads']}" + ("" if row["heads"] == row["kv_heads"] else f" on {row['kv_heads']}")
+    length = f"{row['length'] // 1024}k" if row["length"] % 1024 == 0 else str(row["length"])
+    return f"{row['batch']} × {length}, {heads} heads of {row['head_dim']}"
+
+
+def _around(kept: list[Row]) -> list[str]:
+    lines = []
+    for row in kept:
+        if "median_us" in row:
+            lines.append(f"- Host time of a whole `attention` call: {row['median_us']:.0f} µs.")
+        if "new_ms" in row:
+            what = f"{row['new_ms']:.2f} ms with new documents, {row['same_ms']:.2f} ms with those of the call before"
+            lines.append(f"- Packed documents, {_shape(row)}, a whole forward call: {what}.")
+        if "failed" in row:
+            lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
+    mine = [r for r in kept if r["engine"] == "ours" and "first_call_s" in r]
+    if mine:
+        slowest = max(mine, key=lambda r: r["first_call_s"])
+        most = max(mine, key=lambda r: r.get("beyond_mib", 0))
+        lines.append(f"- Slowest first call of ours: {slowest['first_call_s']:.1f} s ({slowest['case']}).")
+        where = f"{most['case']} {most.get('pass', '')}, {_shape(most)}"
+        lines.append(f"- Most memory beyond inputs and results of ours: {most.get('beyond_mib', 0):.0f} MiB ({where}).")
+    return lines

@@ -1,0 +1,284 @@
+"""Attention over lists of key blocks beside its peers, on the GPU at hand, in one process.
+
+    python benchmarks/selections.py                                     all lengths, blocks and widths
+    python benchmarks/selections.py --lengths 32768 --blocks 128 --peers ours flex
+
+Each 128 queries look at a share of the key blocks before them, drawn at random, and causally at their own ones.
+Every engine is checked first against float64: o, dq, dk and dv of the last queries of the first heads. A row is one
+engine, forward or backward, as benchmarks/attention.py has them; useful TFLOP/s count the pairs that are chosen and
+allowed. Building tables of lists is in our times and not in FlexAttention's, whose BlockMask is made before. The row
+"parts" has the milliseconds of what comes before the kernels, alone: choosing by pooled scores, our tables, the
+transposed ones, and FlexAttention's BlockMask. cuDNN computes all causal pairs, and its TFLOP/s count them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attention
+import torch
+from cases import Shape
+from peers import Run
+from torch import Tensor
+
+from manyheads.core.checks import build_inputs
+from manyheads.core.choosing import block_means, products
+from manyheads.core.forms import Blocks, Scores, Selection
+from manyheads.engines import eager
+from manyheads.engines import triton as kernels
+
+QUERIES, LAST = 128, 256
+K = 1024
+
+
+def causal(b, h, i, j):
+    return j <= i
+
+
+SCORES = Scores(mask=causal)
+
+
+# ---- which blocks ----
+
+
+def liked(likes: Tensor, block: int, share: float) -> Blocks:
+    """The best `share` of the key blocks before a block of 128 queries, and its own. likes: float [batch, heads, query
+    blocks, key blocks]."""
+    rows, columns = likes.shape[-2:]
+    own = QUERIES // block
+    at = torch.arange(rows, device=likes.device)
+    past = torch.arange(columns, device=likes.device) < own * at[:, None]
+    number = (share * own * at).ceil()
+    top = likes.masked_fill(~past, -torch.inf).topk(math.ceil(share * columns), dim=-1).indices
+    rank = torch.arange(top.shape[-1] + own, device=likes.device)
+    self_too = (own * at[:, None] + torch.arange(own, device=likes.device)).expand(*likes.shape[:-1], own)
+    there = (rank < own) | (rank - own < number[:, None])
+    return Blocks.from_indices(torch.cat([self_too, top], -1), there.expand(*likes.shape[:-1], -1))
+
+
+def pooled(q: Tensor, k: Tensor, block: int, share: float) -> Blocks:
+    """By the products of mean queries and mean keys."""
+    return liked(products(block_means(q, QUERIES), block_means(k, block)), block, share)
+
+
+def selection(blocks: Blocks, block: int) -> Selection:
+    """For these blocks; of the last queries and first heads it chooses the same."""
+
+    def select(q: Tensor, k: Tensor, *, scale: float, offset: int) -> Blocks:
+        part = slice(None), slice(q.shape[1]), slice(offset // QUERIES, None)
+        return Blocks(blocks.indices[part], blocks.counts[part])
+
+    return Selection(select=select, scores=SCORES, query_block=QUERIES, key_block=block)
+
+
+def pairs(blocks: Blocks, block: int) -> float:
+    """Of queries and keys, over all heads, that are chosen and allowed."""
+    rows = blocks.counts.numel()
+    own = QUERIES // block
+    return (float(blocks.counts.sum()) - rows * own) * QUERIES * block + rows * QUERIES * (QUERIES + 1) / 2
+
+
+# ---- who computes ----
+
+
+def ours(form: Selection, blocks: Blocks, block: int) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = build_inputs(form, q, k, v, None, None, None, None, {})
+        why = kernels.why_not(form, x)
+        if why is not None:
+            raise RuntimeError(why)
+        return kernels.run(form, x)[0]
+
+    return run
+
+
+def flex(form: Selection, blocks: Blocks, block: int) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    mask = block_mask(blocks, block)
+    return torch.compile(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=True), dynamic=False, fullgraph=True
+    )
+
+
+def block_mask(blocks: Blocks, block: int) -> Any:
+    """Own blocks are its partial ones, as they are the last of each list."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    own = QUERIES // block
+    number = blocks.counts - own
+    rows = blocks.counts.shape[-1]
+    indices = blocks.indices.masked_fill(blocks.indices > rows * own, 0).int()
+    wide = torch.nn.functional.pad(indices, (0, rows * own - indices.shape[-1])).contiguous()
+    diagonal = torch.zeros_like(wide)
+    diagonal[..., :own] = own * torch.arange(rows, device=wide.device)[:, None] + torch.arange(own, device=wide.device)
+    partial_number = torch.full_like(number, own).int()
+    return BlockMask.from_kv_blocks(
+        partial_number, diagonal, number.int().contiguous(), wide, BLOCK_SIZE=(QUERIES, block), mask_mod=causal
+    )
+
+
+PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "flex": flex}
+
+
+# ---- rows ----
+
+
+def truth(form: Selection, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
+    """o, dq, dk and dv in float64 of the last queries of the first heads, whose dk and dv come from no other query."""
+    group = q.shape[1] // k.shape[1]
+    leaves = [t.detach().double().requires_grad_() for t in (q[:, :group, -LAST:], k[:, :1], v[:, :1])]
+    x = build_inputs(form, leaves[0], leaves[1], leaves[2], None, None, None, None, {})
+    o, _ = eager.run(form, x)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do[:, :group, -LAST:].double())]
+
+
+def bench(
+    shape: Shape, block: int, share: float, wanted: list[str], passes: list[str], seconds: float, limit: int
+) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    likes = torch.rand(shape.batch, shape.heads, shape.length // QUERIES, shape.length // block, device="cuda")
+    blocks = liked(likes, block, share)
+    del likes
+
+    def leaf(heads: int) -> Tensor:
+        return torch.randn(shape.batch, heads, shape.length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = (leaf(n).requires_grad_() for n in (shape.heads, shape.kv_heads, shape.kv_heads))
+    do, form = leaf(shape.heads), selection(blocks, block)
+    last = torch.zeros_like(do)  # the part of do that `truth` knows
+    last[:, : shape.heads // shape.kv_heads, -LAST:] = do[:, : shape.heads // shape.kv_heads, -LAST:]
+    true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block) * shape.head_dim
+    about = {"case": f"blocks of {block}", **shape._asdict(), "dtype": "bfloat16", "share": share}
+    for peer in (p for p in PEERS if p in wanted):
+        row = {**about, "engine": peer}
+        try:
+            with attention.limited(limit):
+                yield from timed(
+                    row, PEERS[peer], form, (blocks, block), true, count, (q, k, v, do), last, passes, seconds
+                )
+        except Exception as e:  # a peer that cannot is a row, not the end
+            yield {**row, "failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
+        torch.cuda.empty_cache()
+    yield from parts(about, form, blocks, block, share, (q, k, v), wanted, seconds, limit)
+
+
+def timed(
+    row: dict[str, Any], peer: Callable[..., Run], form: Selection, given: tuple[Blocks, int], true: list[Tensor],
+    count: float, tensors: tuple[Tensor, ...], last: Tensor, passes: list[str], seconds: float,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of one engine, which is checked first."""
+    (*qkv, do), start = tensors, time.perf_counter()
+    run = peer(form, *given)
+    o = run(*qkv)
+    torch.cuda.synchronize()
+    row = {**row, "first_call_s": round(time.perf_counter() - start, 3)}
+    found = [o, *torch.autograd.grad(o, qkv, last, retain_graph=True)]
+    errors = [attention.error(a, b) for a, b in zip(found, true, strict=True)]
+    if not max(errors) < attention.BOUND:
+        raise RuntimeError(f"wrong: relative errors of o, dq, dk, dv are {errors}")
+    for which in passes:
+        if which == "forward":
+            call = torch.no_grad()(partial(run, *qkv))
+        else:
+            call = partial(torch.autograd.grad, o, qkv, do, retain_graph=True)
+        memory, times = attention.beyond(call), attention.measured(call, seconds)
+        speed = count * (1 if which == "forward" else 2.5) / times["median_ms"] / 1e9
+        yield {**row, "pass": which, "beyond_mib": memory, **times, "tflops": round(speed, 1), "error": max(errors)}
+
+
+def parts(
+    about: dict[str, Any], form: Selection, blocks: Blocks, block: int, share: float,
+    given: tuple[Tensor, Tensor, Tensor], wanted: list[str], seconds: float, limit: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Milliseconds of what comes before the kernels, each alone."""
+    from manyheads.engines.triton import hopper
+    from manyheads.engines.triton.hopper import backward, forward
+
+    q, k, v = (t.detach() for t in given)
+    x = build_inputs(form, q, k, v, None, None, None, None, {})
+    chosen = hopper.Chosen(blocks, QUERIES, block)
+    table = partial(chosen.table_of, form.scores.program, x)
+    tiling = backward.keys_tiling_of(form.scores, x, chosen)
+    turned = (tiling.queries, 64 if tiling.halves else 128)
+    calls: dict[str, Callable[[], Any]] = {
+        "choosing_ms": partial(pooled, q, k, block, share),
+        "table_ms": partial(table, (QUERIES, forward.tiling_of(x, chosen).keys), {}),
+        "transposing_ms": partial(table, turned, {}, True),
+    }
+    if "flex" in wanted:
+        calls["flex_block_mask_ms"] = partial(block_mask, blocks, block)
+    row = {**about, "case": f"{about['case']}: parts", "engine": "ours"}
+    for name, call in calls.items():
+        try:
+            with attention.limited(limit):
+                row[name] = round(attention.measured(call, seconds)["median_ms"], 4)
+        except Exception as e:
+            yield {**row, "failed": f"{name}: {type(e).__name__}: {e}".splitlines()[0][:300]}
+    yield row
+
+
+def summary(rows: list[dict[str, Any]], wanted: list[str]) -> str:
+    lines = [attention.table([r for r in rows if "parts" not in r["case"]], wanted)]
+    for r in rows:
+        spent = ", ".join(f"{name.removesuffix('_ms')} {ms} ms" for name, ms in r.items() if name in PARTS)
+        lines += [f"{r['case']}, {r['length']} x {r['head_dim']}: {spent}"] if spent else []
+    return "\n".join(lines)
+
+
+PARTS = ("choosing_ms", "table_ms", "transposing_ms", "flex_block_mask_ms")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32 * K, 128 * K])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], choices=(64, 128))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
+    parser.add_argument("--share", type=float, default=0.1, help="of the key blocks before a query")
+    parser.add_argument("--passes", nargs="+", default=list(attention.PASSES), choices=attention.PASSES)
+    parser.add_argument("--peers", nargs="+", default=[*PEERS, "cudnn"], choices=[*PEERS, "cudnn"])
+    parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each row")
+    parser.add_argument("--limit", type=int, default=60, help="seconds for an engine on one case, compiling included")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to append to")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/selections.py needs a CUDA device; this machine has none", file=sys.stderr)
+        return 2
+    about, rows, start = attention.machine(), [], time.perf_counter()
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        line = json.dumps({**row, **about})
+        print(line, flush=True)
+        if given.results:
+            given.results.parent.mkdir(parents=True, exist_ok=True)
+            with given.results.open("a") as file:
+                file.write(line + "\n")
+
+    for length in given.lengths:
+        for head_dim in given.head_dims:
+            shape = Shape(1, 32, 8, length, head_dim)
+            for block in given.blocks:
+                print(f"[{time.perf_counter() - start:.0f} s] blocks of {block}, {shape}", flush=True)
+                for row in bench(shape, block, given.share, given.peers, given.passes, given.seconds, given.limit):
+                    add(row)
+            if "cudnn" in given.peers:
+                for row in attention.bench(
+                    "causal", shape, torch.bfloat16, ["cudnn"], given.passes, given.seconds, given.limit
+                ):
+                    add(row)
+    print("\n" + summary(rows, given.peers))
+    return int(any(row.get("failed") and row["engine"] == "ours" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Gradients: what is launched. The states before each chunk are computed again, in the inputs' dtype."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.chunked.call import Call, Prepared, prepare, steps_of
+from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
+from manyheads.engines.triton.chunked.kernels import back as backs
+from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
+from manyheads.engines.triton.chunked.kernels import inner as inners
+from manyheads.engines.triton.launch import INTERPRETED, _steps
+from manyheads.engines.triton.quick import launch
+
+
+class Gradients(NamedTuple):
+    """Those of log decays, strengths and states are float32, and None where there are none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    state: Tensor
+
+
+def backward(call: Call, starts: Tensor | None, do: Tensor, d_end: Tensor | None, decays: bool) -> Gradients:
+    """starts: as `forward` returned them. do has its rows' numbers side by side. decays: whether g needs its own."""
+    made = prepare(call)
+    before = call.like(call.rows, call.chunks, *call.state[2:])
+    behind, d_state = torch.empty_like(before), call.new(*call.state)
+    tokens = call.batch, call.heads, call.kv_len
+    corrects = call.beta is not None
+    u, z = (call.like(*tokens, call.v_head_dim) if corrects else None for _ in range(2))
+    walk(call, made, starts, u=u, states=before)
+    ends = starts_of(call, d_end, lambda *local: back(call, made, None, do, local=local))
+    back(call, made, ends, do, end=d_state, z=z, states=behind)
+
+    decays = decays and call.g is not None
+    dq = call.new(*call.q.shape, dtype=torch.float32 if call.channels else call.q.dtype)
+    # Heads that share keys add up: in float32, for the sum is rounded once.
+    shared = call.q.dtype if call.group == 1 else torch.float32
+    dk = call.new(*tokens, call.head_dim, dtype=torch.float32 if call.channels else shared)
+    dv = call.new(*tokens, call.v_head_dim, dtype=shared)
+    dbeta = call.new(*tokens) if corrects else None
+    dg = da = db = None
+    if call.channels:
+        dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), torch.empty_like(made.a)  # type: ignore[arg-type]
+        db = torch.empty_like(da) if corrects else None
+    elif decays:
+        dg = call.new(*tokens)
+    tile = call.tile("gradients")
+    unit, steps = _steps(call.q, call.k, call.v, do)
+    arguments = (
+        call.q, call.k, call.v, made.g, call.beta, made.a, made.b, u, z, do, before, behind, dq, dk, dv, dg, dbeta, da,
+        db, *steps, *steps_of(made.g), *steps_of(call.beta), *call.sizes, call.scale, *constants(call, tile.columns),
+        unit, INTERPRETED,
+    )  # fmt: skip
+    programs = call.rows * call.chunks
+    launch(gradient_kernels.gradients, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    if call.channels:
+        dq, dk, dg = _inner(call, made, (da, db), (dq, dk, dg), shared, decays)
+    return Gradients(dq, _shared(dk, call.k), _shared(dv, call.v), dg, dbeta, d_state)
+
+
+def _inner(
+    call: Call, made: Prepared, pairs: tuple[Tensor | None, Tensor | None], parts: tuple[Tensor, Tensor, Tensor | None],
+    dtype: torch.dtype, decays: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk and dg, whole. dtype: of dk."""
+    dq, dk = call.like(*call.q.shape), call.new(*parts[1].shape, dtype=dtype)
+    dg = call.new(*parts[1].shape) if decays else None
+    tile = call.tile("inner")
+    unit, steps = _steps(call.q, call.k)
+    arguments = (
+        call.q, call.k, made.g, *pairs, *parts, dq, dk, dg, *steps, *call.sizes, call.head_dim, tile.columns,
+        call.chunk, unit, INTERPRETED,
+    )  # fmt: skip
+    programs = call.rows * call.chunks * cdiv(call.head_dim, tile.columns)
+    launch(inners.inner, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    return dq, dk, dg
+
+
+def _shared(grad: Tensor, of: Tensor) -> Tensor:
+    """The gradient of what heads share, from one for each of them."""
+    return grad if grad.shape == of.shape else grad.unflatten(1, (of.shape[1], -1)).sum(2).to(of.dtype)
+
+
+def back(
+    call: Call, made: Prepared, starts: Tensor | None, do: Tensor, *, end: Tensor | None = None,
+    z: Tensor | None = None, states: Tensor | None = None,
+    local: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> None:  # fmt: skip
+    """As `walk`, from the end."""
+    tile = call.tile("back")
+    end, totals, transition = (end, None, None) if local is None else local
+    unit, steps = _steps(call.q, call.k, do)
+    segments = call.segments - (local is not None)
+    arguments = (
+        call.q, call.k, do, made.g, call.beta, made.t, made.a, z, starts, end, transition, totals, states, *steps,
+        *steps_of(made.g), *steps_of(call.beta), *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
+        *constants(call, tile.columns), unit, INTERPRETED,
+    )  # fmt: skip
+    programs = call.rows * segments * tiles_of(call, tile.columns, transition)
+    launch(backs.back, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)

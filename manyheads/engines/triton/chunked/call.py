@@ -1,0 +1,143 @@
+"""A call of the kernels: what all its launches share, and what is prepared once for forward and for backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.engines.triton.blocks import cdiv, padded
+from manyheads.engines.triton.chunked import tables
+from manyheads.engines.triton.chunked.kernels.pairs import pairs
+from manyheads.engines.triton.chunked.kernels.solve import solve
+from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
+from manyheads.engines.triton.quick import launch
+
+Steps = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """q, k, v: rows of numbers side by side. g: log decays [batch, heads, kv_len] or, for each channel, with head_dim
+    behind; or None. beta: strengths of writes that correct, [batch, heads, kv_len], or None for those that add."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float) -> Call:
+        if g is not None and g.ndim == 4 and g.stride(3) != 1:
+            g = g.contiguous()
+        return cls(_rows(q), _rows(k), _rows(v), g, beta, scale)
+
+    @property
+    def channels(self) -> bool:
+        return self.g is not None and self.g.ndim == 4
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def kv_len(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def ahead(self) -> int:
+        """Tokens before the first query."""
+        return self.kv_len - self.q.shape[2]
+
+    @property
+    def chunk(self) -> int:
+        return tables.CHUNK[self.q.element_size()]
+
+    @property
+    def chunks(self) -> int:
+        return cdiv(self.kv_len, self.chunk)
+
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.head_dim, self.v_head_dim
+
+    def tile(self, kernel: str) -> tables.Tile:
+        width = self.head_dim if kernel == "inner" else self.v_head_dim
+        return tables.tile(kernel, self.q.element_size(), padded(self.head_dim), width, self.channels)
+
+    @cached_property
+    def segments(self) -> int:
+        if self.beta is not None and self.head_dim > tables.LARGEST:
+            return 1
+        programs = self.rows * cdiv(self.v_head_dim, self.tile("walk").columns)
+        return tables.segments(programs, self.chunks, self.q.device)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.kv_len, self.ahead, self.heads, self.group
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def like(self, *shape: int) -> Tensor:
+        return self.new(*shape, dtype=self.q.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """g: as it was, or sums of log decays [batch, heads, chunks * chunk, head_dim] of single channels. a, b, t: what
+    kernels/pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
+
+    g: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    t: Tensor | None = None
+
+
+def prepare(call: Call) -> Prepared:
+    a = b = t = None
+    g, length = call.g, call.chunk
+    shape = call.rows, call.chunks, length, length
+    unit, steps = _steps(call.q, call.k)
+    common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
+    programs = call.rows * call.chunks
+    if call.channels:
+        a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
+        g = call.new(call.batch, call.heads, call.chunks * length, call.head_dim)
+        own = call.q, call.k, call.g, g, a, b, *steps, *steps_of(call.g)
+        launch(pairs, programs, (*own, *call.sizes, *common), num_warps=8, num_stages=1)
+    if call.beta is not None:
+        t = call.like(*shape)
+        own = call.k, call.g, call.beta, b, t, *steps[3:], *steps_of(call.g), *steps_of(call.beta)
+        launch(solve, programs, (*own, call.kv_len, call.heads, call.group, *common), num_warps=4, num_stages=1)
+    return Prepared(g, a, b, t)
+
+
+def steps_of(t: Tensor | None) -> Steps:
+    """From one batch, head and token to the next."""
+    return (0, 0, 0) if t is None else t.stride()[:3]

@@ -1,0 +1,102 @@
+"""The part of the gradients that is inside of a chunk, where each channel of the keys decays by itself.
+
+    dq_i += sum_j dA_ij F_ij k_j,    dk_i += sum_j dB_ij F_ij k_j,    dk_j += sum_i F_ij (dA_ij q_i + dB_ij k_i)
+
+with F_ij = e^(G_i - G_j), a number for each channel. In blocks of 16 as in `pairs`: between blocks as products of
+matrices, inside of them pair by pair. Channels do not mix, so a program has BK of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, add_dot, dot, load, store
+from manyheads.engines.triton.chunked.kernels.pairs import SUB
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def inner(
+    Q, K, SUMS, DA, DB, DQ_PART, DK_PART, DG_PART, DQ, DK, DG, q_b, q_h, q_n, k_b, k_h, k_n, kv_len, ahead, heads,
+    group, D: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """One chunk. Parts: float32, from `gradients`; DB may be absent. DG, float32 [batch, heads, kv_len, D], too."""
+    TILES: tl.constexpr = (D + BK - 1) // BK
+    chunks = tl.cdiv(kv_len, C)
+    tile, c, bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES % chunks, tl.program_id(0) // TILES // chunks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    wide = bh.to(tl.int64)
+    first = c * C
+    q_first, q_len = first - ahead, kv_len - ahead
+    columns, tokens, within = tile * BK + tl.arange(0, BK), tl.arange(0, C), tl.arange(0, SUB)
+    Q += (b * q_b + h * q_h) * UNIT
+    K += (b * k_b + h // group * k_h) * UNIT
+    chunk = wide * chunks + c
+    DA += chunk * C * C
+    dtype = K.dtype.element_ty
+    q = load(Q, q_n * UNIT, q_first, q_len, columns, C, D)
+    k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
+    SUMS += chunk * C * D
+    there = (columns < D)[None, :]
+    sum_g = tl.load(SUMS + tokens[:, None] * D + columns[None, :], mask=there, other=0.0)
+    plus_q = tl.zeros([C, BK], tl.float32)
+    plus_k = tl.zeros([C, BK], tl.float32)
+    minus = tl.zeros([C, BK], tl.float32)
+    if DB is not None:
+        DB += chunk * C * C
+
+    for block in tl.static_range(C // SUB - 1):
+        # From the keys of a block to what comes behind it: both count from its end.
+        behind = (tokens >= (block + 1) * SUB)[:, None]
+        own = within + block * SUB
+        turn = tl.load(SUMS + (block * SUB + SUB - 1) * D + columns[None, :], mask=there, other=0.0)
+        own_g = tl.load(SUMS + own[:, None] * D + columns[None, :], mask=there, other=0.0)
+        keys = load(K, k_n * UNIT, first + block * SUB, kv_len, columns, SUB, D)
+        keys = (keys * tl.math.exp2(turn - own_g)).to(dtype)
+        left = tl.math.exp2(tl.where(behind, sum_g - turn, float("-inf")))
+        into = tokens[:, None] * C + own[None, :]
+        plus_q += dot(tl.load(DA + into, mask=behind, other=0.0), keys, SIMULATED) * left
+        if DB is not None:
+            plus_k += dot(tl.load(DB + into, mask=behind, other=0.0), keys, SIMULATED) * left
+        # From the next block to the keys before it, over the same point.
+        before = (tokens < (block + 1) * SUB)[:, None]
+        own = within + (block + 1) * SUB
+        own_g = tl.load(SUMS + own[:, None] * D + columns[None, :], mask=there, other=0.0)
+        rise = tl.math.exp2(own_g - turn)
+        left = tl.math.exp2(tl.where(before, turn - sum_g, float("-inf")))
+        into = tokens[:, None] + own[None, :] * C
+        asks = load(Q, q_n * UNIT, q_first + (block + 1) * SUB, q_len, columns, SUB, D)
+        given = dot(tl.load(DA + into, mask=before, other=0.0), (asks * rise).to(dtype), SIMULATED)
+        if DB is not None:
+            keys = load(K, k_n * UNIT, first + (block + 1) * SUB, kv_len, columns, SUB, D)
+            given = add_dot(tl.load(DB + into, mask=before, other=0.0), (keys * rise).to(dtype), given, SIMULATED)
+        minus += given * left
+
+    number = tokens % SUB
+    for n in tl.range(0, SUB):  # each token of a block and number n of it, in all blocks at once
+        other = tokens - number + n
+        at = first + other
+        asked = (at < kv_len)[:, None] & there
+        k_other = tl.load(K + at.to(tl.int64)[:, None] * (k_n * UNIT) + columns[None, :], mask=asked, other=0.0)
+        k_other = k_other.to(tl.float32)
+        q_at = at - ahead
+        asked = asked & (q_at >= 0)[:, None]
+        q_other = tl.load(Q + q_at.to(tl.int64)[:, None] * (q_n * UNIT) + columns[None, :], mask=asked, other=0.0)
+        q_other = q_other.to(tl.float32)
+        g_other = tl.load(SUMS + other[:, None] * D + columns[None, :], mask=there, other=0.0)
+        fade = tl.math.exp2(-tl.abs(sum_g - g_other))
+        plus_q += tl.load(DA + tokens * C + other, mask=number > n, other=0.0)[:, None] * k_other * fade
+        minus += tl.load(DA + other * C + tokens, mask=number < n, other=0.0)[:, None] * q_other * fade
+        if DB is not None:
+            plus_k += tl.load(DB + tokens * C + other, mask=number > n, other=0.0)[:, None] * k_other * fade
+            minus += tl.load(DB + other * C + tokens, mask=number < n, other=0.0)[:, None] * k_other * fade
+
+    if DG is not None:
+        own = tl.load(DG_PART + (chunk * C + tokens)[:, None] * D + columns[None, :], mask=there, other=0.0)
+        own += q * plus_q + k * (plus_k - minus)
+        store(DG + wide * kv_len * D, D, first, kv_len, columns, tl.cumsum(own, 0, reverse=True), C, D)
+    same = tl.load(DA + tokens * (C + 1)).to(tl.float32)[:, None]  # a token and itself: nothing decays
+    dq = load(DQ_PART + wide * q_len * D, D, q_first, q_len, columns, C, D) + plus_q + same * k
+    dk = load(DK_PART + wide * kv_len * D, D, first, kv_len, columns, C, D) + plus_k + minus + same * q
+    store(DQ + wide * q_len * D, D, q_first, q_len, columns, dq, C, D)
+    store(DK + wide * kv_len * D, D, first, kv_len, columns, dk, C, D)

@@ -1,0 +1,83 @@
+"""What the tokens of a chunk are to each other, where each channel of the keys decays by itself.
+
+    A_ij = q_i . (k_j e^(G_i - G_j)) where j <= i,    B_ij = k_i . (k_j e^(G_i - G_j)) where j < i
+
+A chunk is cut into blocks of 16. Between a block of keys and what comes behind it both exponents count from the block's
+end, R: e^(G_i - R) e^(R - G_j), neither above 1, and it is a product of matrices. Inside a block there is no such point
+that would not overflow, and the differences are taken pair by pair.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, load
+
+SUB = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["kv_len", "ahead", "heads"])
+def pairs(
+    Q, K, G, SUMS, A, B, q_b, q_h, q_n, k_b, k_h, k_n, g_b, g_h, g_n, kv_len, ahead, heads, group, D: tl.constexpr,
+    PD: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """One chunk. G: log decays [batch, heads, kv_len, D]; SUMS: G of the formulas; B may be absent."""
+    chunks = tl.cdiv(kv_len, C)
+    c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    first = c * C
+    Q += (b * q_b + h * q_h) * UNIT
+    K += (b * k_b + h // group * k_h) * UNIT
+    G += b * g_b + h * g_h
+    chunk = bh.to(tl.int64) * chunks + c
+    SUMS += chunk * C * D
+    A += chunk * C * C
+    if B is not None:
+        B += chunk * C * C
+    dtype = K.dtype.element_ty
+    columns, tokens, within = tl.arange(0, PD), tl.arange(0, C), tl.arange(0, SUB)
+
+    g = load(G, g_n, first, kv_len, columns, C, D).to(tl.float32)
+    sum_g = tl.cumsum(g * LOG2E, 0)
+    tl.store(SUMS + tokens[:, None] * D + columns[None, :], sum_g, mask=(columns < D)[None, :])
+    q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, columns, C, D)
+    k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
+
+    for block in tl.static_range(C // SUB - 1):
+        behind = (tokens >= (block + 1) * SUB)[:, None]
+        turn = tl.sum(tl.where((tokens == block * SUB + SUB - 1)[:, None], sum_g, 0.0), 0, keep_dims=True)
+        own = load(K, k_n * UNIT, first + block * SUB, kv_len, columns, SUB, D)
+        own_g = load(G, g_n, first + block * SUB, kv_len, columns, SUB, D).to(tl.float32) * LOG2E
+        own = own * tl.math.exp2(tl.cumsum(own_g, 0, reverse=True) - own_g)  # what comes behind it in its block
+        own = tl.trans(own.to(dtype))
+        left = tl.math.exp2(tl.where(behind, sum_g - turn, float("-inf")))
+        place = tokens[:, None] * C + (within + block * SUB)[None, :]
+        tl.store(A + place, dot((q * left).to(dtype), own, SIMULATED).to(dtype), mask=behind)
+        if B is not None:
+            tl.store(B + place, dot((k * left).to(dtype), own, SIMULATED).to(dtype), mask=behind)
+
+    # Inside of blocks: each token of a block meets number n of it, in all blocks at once.
+    of_q = tl.zeros([C, SUB], tl.float32)
+    of_k = tl.zeros([C, SUB], tl.float32)
+    number = tokens % SUB
+    for n in tl.range(0, SUB):
+        at = first + tokens - number + n
+        there = (at < kv_len)[:, None] & (columns < D)[None, :]
+        other = tl.load(K + at.to(tl.int64)[:, None] * (k_n * UNIT) + columns[None, :], mask=there, other=0.0)
+        chosen = tl.reshape(tl.where((number == n)[:, None], sum_g, 0.0), [C // SUB, SUB, PD])
+        other_g = tl.broadcast_to(tl.sum(chosen, 1, keep_dims=True), [C // SUB, SUB, PD])
+        apart = tl.where((number >= n)[:, None], sum_g - tl.reshape(other_g, [C, PD]), float("-inf"))
+        faded = other.to(tl.float32) * tl.math.exp2(apart)
+        of_q = tl.where((within == n)[None, :], tl.sum(q * faded, 1, keep_dims=True), of_q)
+        of_k = tl.where((within == n)[None, :], tl.sum(k * faded, 1, keep_dims=True), of_k)
+    for block in tl.static_range(C // SUB):  # and what is ahead of a block is zero
+        ahead_of = (tokens < block * SUB)[:, None]
+        place = tokens[:, None] * C + (within + block * SUB)[None, :]
+        tl.store(A + place, tl.zeros([C, SUB], tl.float32).to(dtype), mask=ahead_of)
+        if B is not None:
+            tl.store(B + place, tl.zeros([C, SUB], tl.float32).to(dtype), mask=ahead_of)
+    place = tokens[:, None] * C + (tokens - number)[:, None] + within[None, :]
+    tl.store(A + place, of_q.to(dtype))
+    if B is not None:
+        tl.store(B + place, tl.where(number[:, None] > within[None, :], of_k, 0.0).to(dtype))

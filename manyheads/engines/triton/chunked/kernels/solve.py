@@ -1,0 +1,75 @@
+"""T = (I + diag(beta) B)^-1 of a chunk, B_ij = k_i.k_j e^(G_i - G_j) where j < i: what the delta rule's corrections,
+each of which sees those before it, are together.
+
+Blocks of 16 on the diagonal are inverted column by column in float32, all at once; pairs of blocks, and pairs of pairs,
+then join: the inverse of [[X^-1, 0], [N, Y^-1]] is [[X, 0], [-Y N X, Y]].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, decays, dot, load
+
+SUB = tl.constexpr(16)
+
+
+@triton.jit
+def join(X, below, size: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
+    """Inverses of blocks of `size` become those of blocks twice as large. WIDE: the numbers are float32 ones; else the
+    products take as many bits as a float16 has."""
+    tokens = tl.arange(0, C)
+    row, column = tokens[:, None] // size, tokens[None, :] // size
+    between = tl.where((row // 2 == column // 2) & (row != column), below, 0.0)
+    if WIDE:
+        return X - tl.dot(tl.dot(X, between, input_precision="tf32x3"), X, input_precision="tf32x3")
+    else:
+        return X - tl.dot(tl.dot(X, between, input_precision="tf32"), X, input_precision="tf32")
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def solve(
+    K, G, BETA, B, T, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, heads, group, D: tl.constexpr,
+    PD: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """One chunk. B, if `pairs` has left it behind; else it is computed from K and G."""
+    chunks = tl.cdiv(kv_len, C)
+    c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    first = c * C
+    place = (bh.to(tl.int64) * chunks + c) * C * C
+    tokens, within = tl.arange(0, C), tl.arange(0, SUB)
+    strictly = tokens[:, None] > tokens[None, :]
+    at = first + tokens
+    beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
+    if B is None:
+        K += (b * k_b + h // group * k_h) * UNIT
+        k = load(K, k_n * UNIT, first, kv_len, tl.arange(0, PD), C, D)
+        if G is not None:
+            G += b * g_b + h * g_h
+        sum_g = decays(G, g_n, first, kv_len, C)
+        below = dot(k, tl.trans(k), SIMULATED) * tl.math.exp2(
+            tl.where(strictly, sum_g - tl.trans(sum_g), float("-inf"))
+        )
+    else:
+        below = tl.load(B + place + tokens[:, None] * C + tokens[None, :]).to(tl.float32)
+    below *= beta[:, None]
+
+    BLOCKS: tl.constexpr = C // SUB
+    block = tl.arange(0, BLOCKS)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    diagonal = tl.sum(tl.where(same, tl.reshape(below, [BLOCKS, SUB, BLOCKS, SUB]), 0.0), 2)  # [blocks, 16, 16]
+    row, column = within[None, :, None], within[None, None, :]
+    X = tl.where(row == column, 1.0, tl.zeros([BLOCKS, SUB, SUB], tl.float32))
+    for n in tl.range(0, SUB - 1):
+        factors = tl.sum(tl.where(column == n, diagonal, 0.0), 2)
+        solved = tl.sum(tl.where(row == n, X, 0.0), 1)
+        X -= factors[:, :, None] * solved[:, None, :]
+    whole = tl.broadcast_to(tl.where(same, X[:, :, None, :], 0.0), [BLOCKS, SUB, BLOCKS, SUB])
+    X = tl.reshape(whole, [C, C])
+    WIDE: tl.constexpr = T.dtype.element_ty == tl.float32
+    X = join(X, below, 16, C, WIDE)
+    if C == 64:
+        X = join(X, below, 32, C, WIDE)
+    tl.store(T + place + tokens[:, None] * C + tokens[None, :], X.to(T.dtype.element_ty))

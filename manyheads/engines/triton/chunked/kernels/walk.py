@@ -1,0 +1,147 @@
+"""A state carried through a segment of chunks, and from segment to segment.
+
+    u = T (beta (v - (k e^G) S))    or v itself, where nothing is corrected
+    o = scale ((q e^G) S + A u),    A_ij = q_i.k_j e^(G_i - G_j) where j <= i
+    S <- e^(G_end) S + (k e^(G_end - G))^T u
+
+A program holds BV columns of S in float32. Where the segments of a row are walked side by side, each is walked twice:
+first from S = 0 for what it adds, and then, once `carry` has put these together, from where it starts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manyheads.engines.triton.chunked.kernels.common import (
+    LENGTHS,
+    add_dot,
+    between,
+    decays_of,
+    dot,
+    end_of,
+    load,
+    load_state,
+    read,
+    store,
+    store_state,
+    sums,
+    write,
+)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def walk(
+    Q, K, V, G, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+    g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
+    DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """A segment of `per` chunks. The first query stands `ahead` tokens behind the first key. May be absent: START, the
+    states at the beginning of segments, for zeros; O, U and STATES, the states before each chunk, where nobody asks.
+
+    With TOTALS, G over the whole of it, END are the states behind each segment; without, behind the last one.
+    TRANSITION: what a segment that corrects makes of a state before it, [D, D].
+    """
+    TILES: tl.constexpr = (DV + BV - 1) // BV
+    if TRANSITION is not None:
+        tiles = TILES + (PD + BV - 1) // BV
+    else:
+        tiles = TILES
+    tile = tl.program_id(0) % tiles
+    segment = tl.program_id(0) // tiles % segments
+    bh = tl.program_id(0) // tiles // segments
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    wide, kv_h = bh.to(tl.int64), h // group
+    rows, columns = tl.arange(0, PD), tile * BV + tl.arange(0, BV)
+    chunks = tl.cdiv(kv_len, C)
+    K += (b * k_b + kv_h * k_h) * UNIT
+    V += (b * v_b + kv_h * v_h) * UNIT
+    G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if O is not None:
+        Q += (b * q_b + h * q_h) * UNIT
+        O += (b * o_b + h * o_h) * UNIT
+    if T is not None:
+        BETA += b * w_b + h * w_h
+        T += wide * chunks * C * C
+    if A is not None:
+        A += wide * chunks * C * C
+    dtype = K.dtype.element_ty
+
+    place = wide * segments + segment
+    if START is None:
+        S = tl.zeros([PD, BV], tl.float32)
+    else:
+        S = load_state(START + place * (D * DV), rows, columns, D, DV).to(tl.float32)
+    if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
+        S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], 1.0, 0.0)
+    if TOTALS is not None:
+        total = tl.zeros([1, PD if CHANNELS else 1], tl.float32)
+    for c in tl.range(segment * per, tl.minimum((segment + 1) * per, chunks)):
+        first = c * C
+        if STATES is not None:
+            store_state(STATES + (wide * chunks + c) * (D * DV), rows, columns, S, D, DV)
+        k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
+        v = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
+        sum_g = sums(G, g_n, first, kv_len, rows, C, D, CHANNELS)
+        end = end_of(sum_g, C)
+        u = v
+        if T is not None:
+            places = tl.arange(0, C)
+            at = first + places
+            beta = tl.load(BETA + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)[:, None]
+            missing = beta * (v - read(k, S.to(dtype), sum_g, CHANNELS, SIMULATED))
+            solve = load(T, C, first, first + C, places, C, C)
+            u = dot(solve, missing.to(dtype), SIMULATED).to(dtype)
+        if U is not None:
+            store(U + wide * kv_len * DV, DV, first, kv_len, columns, u, C, DV)
+        if O is not None:
+            q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, rows, C, D)
+            if A is None:
+                inner = (dot(q, tl.trans(k), SIMULATED) * between(sum_g, C)).to(dtype)
+            else:
+                inner = load(A, C, first, first + C, tl.arange(0, C), C, C)
+            o = add_dot(inner, u, read(q, S.to(dtype), sum_g, CHANNELS, SIMULATED), SIMULATED) * scale
+            store(O, o_n * UNIT, first - ahead, kv_len - ahead, columns, o, C, DV)
+        S = write(S * tl.math.exp2(tl.trans(end)), k, tl.math.exp2(end - sum_g), u, CHANNELS, SIMULATED)
+        if TOTALS is not None:
+            total += end
+
+    if TOTALS is not None:
+        store_state(END + place * (D * DV), rows, columns, S, D, DV)
+        if TRANSITION is not None:
+            store_state(TRANSITION + place * (D * D), rows, columns - TILES * BV, S, D, D)
+        if tile == 0:
+            if CHANNELS:
+                tl.store(TOTALS + place * D + rows[None, :], total, mask=(rows < D)[None, :])
+            else:
+                tl.store(TOTALS + place + tl.zeros([1, 1], tl.int32), total)
+    elif END is not None:  # noqa: SIM102  known when it is compiled
+        if segment == segments - 1:
+            store_state(END + wide * (D * DV), rows, columns, S, D, DV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def carry(
+    ADDED, TRANSITION, TOTALS, STATE, START, segments, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr,
+    BV: tl.constexpr, CHANNELS: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """Where each segment starts, from STATE (zero if absent) and what all but the last one make of a state."""
+    TILES: tl.constexpr = (DV + BV - 1) // BV
+    tile, bh = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)
+    rows, columns = tl.arange(0, PD), tile * BV + tl.arange(0, BV)
+    if STATE is None:
+        S = tl.zeros([PD, BV], tl.float32)
+    else:
+        S = load_state(STATE + bh * (D * DV), rows, columns, D, DV).to(tl.float32)
+    store_state(START + bh * segments * (D * DV), rows, columns, S, D, DV)
+    for n in tl.range(0, segments - 1):
+        place = bh * (segments - 1) + n
+        added = load_state(ADDED + place * (D * DV), rows, columns, D, DV)
+        if TRANSITION is not None:
+            S = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
+        elif CHANNELS:
+            S = S * tl.math.exp2(tl.load(TOTALS + place * D + rows, mask=rows < D, other=0.0))[:, None] + added
+        else:
+            S = S * tl.math.exp2(tl.load(TOTALS + place)) + added
+        store_state(START + (bh * segments + n + 1) * (D * DV), rows, columns, S, D, DV)
