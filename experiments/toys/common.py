@@ -38,10 +38,15 @@ def moved(pair: tuple[Any, Tensor], device: str) -> tuple[Any, Tensor]:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, sample: Sample, score: Callable[[Tensor, Tensor], Tensor], device: str) -> float:
-    """The mean score of 2048 fresh samples."""
-    x, y = moved(sample(2048), device)
-    return score(model(x), y).float().mean().item()
+def judged(
+    model: nn.Module, sample: Sample, score: Callable[[Tensor, Tensor], Tensor], device: str, *, parts: int = 1
+) -> float:
+    """The mean score of 2048 fresh samples, in so many parts where all at once would not fit."""
+    scores = []
+    for _ in range(parts):
+        x, y = moved(sample(2048 // parts), device)
+        scores.append(score(model(x), y).float().mean().item())
+    return mean(scores)
 
 
 def right(logits: Tensor, y: Tensor) -> Tensor:
