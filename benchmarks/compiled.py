@@ -69,7 +69,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in ALPHAS:
         form, known = given_levels.scaled(form_of(name)), given_levels.power_of(form_of(name)).known
         for width in forward.TILINGS:
-            keys, stages = forward.TILINGS[width]
+            keys, stages, _ = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys}
             constants = {"KIND": 1, "MASKED": True, "POSITIONS": False, "q_at": None, "kv_at": None, "STAGES": stages}
             constants |= {"FIRST": False, "POWER": known} | ({"powers": None} if known else {})
@@ -81,9 +81,9 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         common["NORMALISER"] = launching.NORMALISERS[form.normaliser]
         common |= {} if name == "dropout" else dict.fromkeys(launching.DROPOUT)
         for width in forward.TILINGS:
-            keys, stages = forward.TILINGS[width]
+            keys, stages, deep = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
-            constants = {**common, "STAGES": stages, "sink": None}
+            constants = {**common, "STAGES": stages, "sink": None, "DEEP": deep}
             yield f"attend {name} {width}", lambda a=(forward.ATTEND, form, boxes, width, constants): compiled(*a)
             scored = form.program.has_score or name == "dropout"
             halves = [backward.HALVES_TILINGS[width]] if name == "causal" else []  # over blocks of 64 keys
@@ -191,7 +191,9 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
         n: None for n in kernel.arg_names if n in absent
     }
     wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "G", "BETA", "DG", "DBETA"}
-    wide |= {"DQ_PART", "DK_PART", "DG_PART"} | ({"DQ", "DK"} if name == "gradients" and "channels" in writes else set())
+    wide |= {"DQ_PART", "DK_PART", "DG_PART"} | (
+        {"DQ", "DK"} if name == "gradients" and "channels" in writes else set()
+    )
     types = {n: "*fp32" if n in wide else "*bf16" if n.isupper() or n == "DV_" else "i32" for n in kernel.arg_names}
     types |= {"scale": "fp32"} if "scale" in types else {}
     types |= dict.fromkeys(constants, "constexpr")
@@ -299,7 +301,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tritons", nargs="*", default=[], help="versions to check beside the one that is installed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tritons", help="where they go")
-    parser.add_argument("--only", choices=("hopper", "recurrences", "plain", "all"), default="all", help="which kernels")
+    parser.add_argument(
+        "--only", choices=("hopper", "recurrences", "plain", "all"), default="all", help="which kernels"
+    )
     parser.add_argument("--json", action="store_true", help="print nothing but the rows of the installed one")
     given = parser.parse_args()
     found = check(given.only)

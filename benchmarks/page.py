@@ -1,4 +1,5 @@
-"""docs/benchmarks.md, from the rows of benchmarks/attention.py and nothing else: the newest row of each kind."""
+"""docs/benchmarks.md, from the rows of benchmarks/attention.py and selections.py and nothing else: the newest of each
+kind."""
 
 from __future__ import annotations
 
@@ -18,12 +19,13 @@ HEAD = """\
 # Benchmarks
 
     make bench
+    python benchmarks/selections.py --results benchmarks/results/selections.jsonl
 
-times our kernels beside those that are installed, in one process, and appends rows to a file. `python docs/generate.py`
+time our kernels beside those that are installed, in one process, and append rows to a file. `python docs/generate.py`
 writes this page from all files in `benchmarks/results`, the newest row of each kind. A row exists only where outputs
-and gradients were near float64. TFLOP/s are useful ones: 4 operations for each number of the head and each pair that the
-mask allows, 2.5 times as many backward. The engines of one line ran one after the other on one chip; how much each
-varied is in the file. FA3 is timed forward alone.
+and gradients were near float64. TFLOP/s are useful ones: 4 operations for each number of the head and each pair that
+the mask allows, 2.5 times as many backward; of blocks a tenth are looked at. Engines ran one after the other on one
+chip; how much each varied is in the file. FA3 is timed forward alone.
 """
 SHAPE = ("batch", "heads", "kv_heads", "length", "head_dim")
 Row = Mapping[str, Any]
@@ -86,6 +88,10 @@ def _around(kept: list[Row]) -> list[str]:
         if "new_ms" in row:
             what = f"{row['new_ms']:.2f} ms with new documents, {row['same_ms']:.2f} ms with those of the call before"
             lines.append(f"- Packed documents, {_shape(row)}, a whole forward call: {what}.")
+        if "choosing_ms" in row:
+            parts = ("choosing", "table", "transposing", "flex_block_mask")
+            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f} ms" for p in parts if p + "_ms" in row)
+            lines.append(f"- {row['case'].partition(':')[0].capitalize()}, {_shape(row)}, before the kernels: {spent}.")
         if "failed" in row:
             lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
     mine = [r for r in kept if r["engine"] == "ours" and "first_call_s" in r]

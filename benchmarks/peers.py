@@ -8,19 +8,16 @@ import torch
 from cases import CAP, WINDOW, Case, Shape
 from torch import Tensor
 
-from manyheads.core.checks import build_inputs
-from manyheads.engines import triton as kernels
+from manyheads import attention
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [batch, heads, length, head_dim] -> o
 
 
 def ours(name: str, case: Case, shape: Shape) -> Run | None:
+    seed = 0 if case.dropout else None
+
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = build_inputs(case.form, q, k, v, None, None, None, None, case.operands, case.dropout, 0)
-        why = kernels.why_not(case.form, x)
-        if why is not None:
-            raise RuntimeError(why)
-        return kernels.run(case.form, x)[0]
+        return attention(q, k, v, case.form, engine="triton", dropout=case.dropout, seed=seed, **case.operands)
 
     return run
 

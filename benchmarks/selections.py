@@ -212,7 +212,7 @@ def parts(
     turned = (tiling.queries, 64 if tiling.halves else 128)
     calls: dict[str, Callable[[], Any]] = {
         "choosing_ms": partial(pooled, q, k, block, share),
-        "table_ms": partial(table, (QUERIES, forward.tiling_of(x, chosen).keys), {}),
+        "table_ms": partial(table, (QUERIES, forward.tiling_of(form.scores, x, chosen).keys), {}),
         "transposing_ms": partial(table, turned, {}, True),
     }
     if "flex" in wanted:

@@ -25,7 +25,7 @@ from manyheads.engines.triton.hopper.forward import Tiling
 
 SHAPES = ((4, 4096), (1, 16384))  # batch, length
 HEADS = 16
-ATTEND = {64: (Tiling(128, 2), Tiling(128, 3), Tiling(128, 4)), 128: (Tiling(128, 2), Tiling(64, 4)),
+ATTEND = {64: (Tiling(128, 3), Tiling(128, 3, True)), 128: (Tiling(128, 2), Tiling(64, 4, True)),
           256: (Tiling(64, 2),)}  # fmt: skip
 KEYS = {
     64: (KeysTiling(64, 4, 3), KeysTiling(64, 4, 3, late=False), KeysTiling(128, 3, 2, late=False)),
@@ -48,7 +48,7 @@ def runs(form: Any, x: Inputs, head_dim: int) -> Iterator[tuple[str, Any, Run]]:
     def first(used: Any, others: tuple[Any, ...]) -> list[Any]:
         return [used, *(t for t in others if t != used)]
 
-    for tiling in first(forward.tiling_of(x), ATTEND[head_dim]):
+    for tiling in first(forward.tiling_of(form, x), ATTEND[head_dim]):
         yield "attend", tiling, lambda t=tiling: forward.run(form, x, t)
     for tiling in first(backward.keys_tiling_of(form, x), KEYS[head_dim]):
         yield "keys", tiling, lambda t=tiling: backward.run(form, x, o, lse, do, None, (False, True, True), t)[1:]

@@ -25,6 +25,7 @@ from manyheads.engines.triton import chunked, op
 HAS_TRITON = find_spec("triton") is not None
 NORMALISERS = ("softmax", "signed", "none")  # of the kernels for any GPU
 LARGEST_HEAD_DIM = 256
+FEW_QUERIES, MANY_KEYS = 16, 8192
 FEW = 2**27  # scores in all below which torch's own kernels are faster, where torch has one
 
 
@@ -81,12 +82,13 @@ def hesitates(form: Form, x: Inputs) -> str | None:
         return "Triton's interpreter is for tests: ask for it by name"
     if isinstance(form, Recurrence):
         return "its recurrences were checked in emulation alone: ask for it by name"
-    if isinstance(form, Selection):
-        return "its block lists were checked in emulation alone: ask for it by name"
-    if isinstance(form, Scores) and form.normaliser == "entmax":
-        return "its levels of entmax were checked in emulation alone: ask for it by name"
-    if hopper.why_not(form, x) is not None:
+    if isinstance(form, Selection) and (why := hopper.why_no_lists(form, x)) is not None:
+        return f"it would read a map of the chosen blocks, which was not timed ({why}): ask for it by name"
+    inner = form.scores if isinstance(form, Selection) else form
+    if hopper.why_not(inner, x) is not None:
         return "the kernels for any GPU were checked on an H100 and not timed beside the others: ask for them by name"
+    if x.q_len <= FEW_QUERIES and x.kv_len > MANY_KEYS:
+        return "one program reads all keys of a head, which is slow where there is little else to do"
     if not plain(form, x):
         return None
     if x.batch * x.heads * x.q_len * x.kv_len < FEW:

@@ -97,8 +97,8 @@ def levels_of(form: Scores, x: Inputs) -> Tensor:
     tau = torch.full(x.q.shape[:3], math.inf, dtype=torch.float32, device=x.q.device)
     if not (x.q.numel() and x.k.numel()):
         return tau
-    keys, stages = forward.tiling_of(x)
     product = scaled(form)
+    keys, stages, _ = forward.tiling_of(product, x)
     operands = position_operands(product, x)
     source = source_of(product, x, ("mask", "score"))
     arguments = source.arguments(x.q.device, **operands)

@@ -35,20 +35,28 @@ QUERIES = 128  # in a tile: two warp groups of 64
 
 
 class Tiling(NamedTuple):
-    """keys: in a tile. stages: tiles of keys, and of values, that are in shared memory at a time."""
+    """keys: in a tile. stages: tiles of keys, and of values, that are in shared memory at a time. deep: see attend.py;
+    which is faster where, docs/log.md has."""
 
     keys: int
     stages: int
+    deep: bool = False
 
 
 # By the wider of head_dim and v_head_dim, both rounded up to one of WIDTHS.
-TILINGS = {64: Tiling(128, 3), 128: Tiling(128, 2), 256: Tiling(64, 2)}
-HALVES = Tiling(64, 4)  # where blocks of keys are no multiples of 128
+TILINGS = {64: Tiling(128, 3, deep=True), 128: Tiling(128, 2), 256: Tiling(64, 2)}
+HALVES = Tiling(64, 4, deep=True)  # where blocks of keys are no multiples of 128, or a score takes long
+LONG = {"exp", "exp2", "log", "log2", "tanh", "sigmoid"}
 
 
-def tiling_of(x: Inputs, chosen: Chosen | None = None) -> Tiling:
-    found = TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
+def tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> Tiling:
+    found = tiling_for(form, wide(max(x.q.shape[3], x.v_head_dim)))
     return found if chosen is None or chosen.key_block % found.keys == 0 else HALVES
+
+
+def tiling_for(form: Scores, width: int) -> Tiling:
+    takes_long = any(node.op in LONG for node in form.program.graph.nodes)
+    return HALVES if takes_long and width == 128 else TILINGS[width]
 
 
 ATTEND = Kernel(
@@ -56,7 +64,7 @@ ATTEND = Kernel(
     (
         "q_desc", "k_desc", "v_desc", "o_desc", "lse", "sink", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
         *DROPOUT, "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
-        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr",
+        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr",
     ),
     (*STEPS, *SIZES, "threshold"), ("mask", "score"),
 )  # fmt: skip
@@ -70,7 +78,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
     if not (x.q.numel() and x.k.numel() and x.v.numel()):
         return o.zero_(), unseen(form, x).float().detach()
     lse = quick.empty((batch, heads, q_len), torch.float32, x.q.device)
-    keys, stages = tiling or tiling_of(x, chosen)
+    keys, stages, deep = tiling or tiling_of(form, x, chosen)
     operands = position_operands(form, x)
     plain = not (form.program.has_mask or form.program.has_score or x.ragged)
     source = None if plain else source_of(form, x, ("mask", "score"))
@@ -86,7 +94,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
         *dropping(x), stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
-        NORMALISERS[form.normaliser],
+        NORMALISERS[form.normaliser], deep,
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)
     with torch.cuda.device_of(q):

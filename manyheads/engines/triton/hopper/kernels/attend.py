@@ -1,6 +1,7 @@
 """The forward pass in Gluon. One producer warp group loads tiles, two consumers of 64 rows each compute.
 
-A consumer multiplies q with the next keys while it takes the softmax of the present ones. Keys and values wait in
+A consumer multiplies q with the next keys while it takes the softmax of the present ones; if DEEP, only while it takes
+the exponentials, and multiplies weights with values while it looks for the next maximum. Keys and values wait in
 STAGES slots each; a slot has a barrier that the copy completes (full) and one at which both consumers arrive (free).
 
 Descriptors have four dimensions, so that the hardware stops at a head's last row: what is read beyond it is zero, what
@@ -69,22 +70,32 @@ def _producer(
 
 
 @gluon.jit
-def _weights(s, m, l, factor, NORMALISER: gl.constexpr):
-    """One step of the online softmax in base 2. A row that has seen nothing yet keeps m = -inf, and p = 0, not NaN."""
+def _shifted(s, m, factor, NORMALISER: gl.constexpr):
+    """What a weight is 2 to the power of, how the sum so far fades, and the largest score. A row that has seen nothing
+    yet keeps m = -inf, and weights of 0, not NaN."""
     if NORMALISER == NONE:
-        return s, m, m, l
+        return s, m, m
     else:
         size = s
         if NORMALISER == SIGNED:
             size = gl.where(s == float("-inf"), s, gl.abs(s))
         top = gl.maximum(m, gl.max(size, 1) * factor)
         safe = gl.where(top == float("-inf"), 0.0, top)
-        p = gl.exp2(size * factor - safe[:, None])
-        fade = gl.exp2(m - safe)
+        return size * factor - safe[:, None], gl.exp2(m - safe), top
+
+
+@gluon.jit
+def _weights(power, s, fade, l, i, j, low, high, threshold, inflation, NORMALISER: gl.constexpr):
+    """The weights after dropout, and the sum of their sizes before it so far."""
+    p = power
+    if NORMALISER != NONE:
+        p = gl.exp2(power)
         l = l * fade + gl.sum(p, 1)
         if NORMALISER == SIGNED:
             p = gl.where(s > 0.0, p, gl.where(s < 0.0, -p, 0.0))
-        return p, fade, top, l
+    if threshold is not None:
+        p = dropped(p, kept(low, high, i, j, threshold), inflation)
+    return p, l
 
 
 @gluon.jit
@@ -118,7 +129,7 @@ def _consumer(
     o_desc, lse, sink, q, out, q_full, ks, vs, k_full, k_free, v_full, v_free,
     table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
     scale, seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
-    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DEEP: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     ROWS: gl.constexpr = q.shape[2]
@@ -138,6 +149,8 @@ def _consumer(
     o = gl.full([ROWS, V_DIM], 0.0, gl.float32, o_layout)
     zero = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
     q2 = q.reshape([ROWS, DIM])
+    low = 0
+    high = 0
     if seed is not None:
         low, high = key_of(seed, b, h)
 
@@ -152,18 +165,25 @@ def _consumer(
     j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
     inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
     s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
-    p, fade, m, l = _weights(s, m, l, factor, NORMALISER)
-    if seed is not None:
-        p = dropped(p, kept(low, high, i, j, threshold), inflation)
-    p16 = gl.convert_layout(p.to(dtype), p_layout)
+    power, fade, m = _shifted(s, m, factor, NORMALISER)
+    if DEEP:
+        ahead = gl.minimum(1, n - 1)
+        mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1)
+    else:
+        p, l = _weights(power, s, fade, l, i, j, low, high, threshold, inflation, NORMALISER)
+        p16 = gl.convert_layout(p.to(dtype), p_layout)
     for step in range(1, n):
         slot = step % STAGES
         before = (step - 1) % STAGES
         tile, partial = tile_of(table, step, lo, f0, f1, KIND)
-        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+        if not DEEP:
+            mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
         k = ks.index(slot).reshape([KEYS, DIM]).permute((1, 0))
         s_later = warpgroup_mma(q2, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+        if DEEP:
+            p, l = _weights(power, s, fade, l, i, j, low, high, threshold, inflation, NORMALISER)
+            p16 = gl.convert_layout(p.to(dtype), p_layout)
         o = _faded(o, fade, NORMALISER)
         o_later = warpgroup_mma(p16, vs.index(before).reshape([KEYS, V_DIM]), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_later])
@@ -172,11 +192,20 @@ def _consumer(
         j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
         inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
         s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
-        p, fade, m, l = _weights(s, m, l, factor, NORMALISER)
-        if seed is not None:
-            p = dropped(p, kept(low, high, i, j, threshold), inflation)
+        power, fade, m = _shifted(s, m, factor, NORMALISER)
+        if DEEP:
+            # For the next keys; after the last ones once more for these, whose slot is not filled again. It stands here
+            # as a wait is a branch: the assembler does not move the wait for o over it, to before the maximum.
+            ahead = gl.minimum(step + 1, n - 1)
+            mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1)
+        else:
+            p, l = _weights(power, s, fade, l, i, j, low, high, threshold, inflation, NORMALISER)
         o = warpgroup_mma_wait(0, deps=[o_later])
         mbarrier.arrive(v_free.index(before))
+        if not DEEP:
+            p16 = gl.convert_layout(p.to(dtype), p_layout)
+    if DEEP:
+        p, l = _weights(power, s, fade, l, i, j, low, high, threshold, inflation, NORMALISER)
         p16 = gl.convert_layout(p.to(dtype), p_layout)
     last = (n - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((n - 1) // STAGES) & 1)
@@ -204,7 +233,7 @@ def attend(
     q_desc, k_desc, v_desc, o_desc, lse, sink, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, seed, threshold, inflation,
     STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
-    A, MASK: gl.constexpr, SCORE: gl.constexpr,
+    DEEP: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """o and lse [batch, heads, q_len] of one tile of queries of one head. Grid: tiles * heads * batch.
 
@@ -258,11 +287,13 @@ def attend(
                 o_desc, lse, sink, q0, o0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
                 kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
+                DEEP,
             )),
             (_consumer, (
                 o_desc, lse, sink, q1, o1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
                 kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
+                DEEP,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, q0, q1, q_full, ks, vs, k_full, k_free, v_full, v_free,
