@@ -47,7 +47,7 @@ def newest(found: Iterable[Row]) -> list[Row]:
 
 def page(found: Iterable[Row]) -> str:
     kept = newest(found)
-    timed = [r for r in kept if "tflops" in r]
+    timed = [r for r in kept if "tflops" in r and r["engine"] in ENGINES]
     machines = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, cuDNN {r['cudnn']}" for r in timed})
     parts = [HEAD, *(f"On {machine}.\n" for machine in machines)]
     for back in ("forward", "backward"):
@@ -84,7 +84,8 @@ def _around(kept: list[Row]) -> list[str]:
     lines = []
     for row in kept:
         if "median_us" in row:
-            lines.append(f"- Host time of a whole `attention` call: {row['median_us']:.0f} µs.")
+            whose = "of torch's function" if row["engine"] == "torch" else "of `attention`, of a kind made before"
+            lines.append(f"- Host time of a call {whose}: {row['median_us']:.0f} µs.")
         if "new_ms" in row:
             what = f"{row['new_ms']:.2f} ms with new documents, {row['same_ms']:.2f} ms with those of the call before"
             lines.append(f"- Packed documents, {_shape(row)}, a whole forward call: {what}.")

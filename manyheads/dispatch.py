@@ -209,8 +209,9 @@ def _key(
             return None
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
     return (
-        mechanism, engine, scale, return_lse, q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype,
-        k.device, v.shape, v.stride(), v.dtype, v.device, a % 16, b % 16, c % 16, a == b, a == c, b == c, *given.items(),
+        mechanism, engine, scale, return_lse, *given.items(), q.shape, q.stride(), q.dtype, q.device, k.shape,
+        k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device, a % 16, b % 16, c % 16, a == b, a == c,
+        b == c,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@
     a chunk ends at i if no b within 8 of it is greater, and b_i is among the n / chunk_size greatest that are left
     K_c = (sum of k_j in chunk c) / sqrt(|c|),   s_mj = mean(Q_m) . K_{chunk(j)}, both means over the heads as well
 
-Query block m sees as many keys as `keys` says: the last `local` up to its end, the `first` ones, then those with the greatest s_mj,
+Query block m sees so many `keys`: the last `local` up to its end, the `first` ones, then those with the greatest s_mj,
 the earlier of two in one chunk; never fewer than its own. All heads see the same. Blocks that hold one of the last
 `instruction` queries of a prompt are dense. o_i is softmax attention over the keys j <= i of these.
 
