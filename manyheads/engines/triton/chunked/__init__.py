@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import getclosurevars, isfunction
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ def why_not(form: Recurrence, x: Inputs) -> str | None:
         return "the Triton kernels take recurrences that somebody reads: q_len is 0"
     if torch.compiler.is_compiling():
         return "the Triton kernels of recurrences are no operators of torch's, as torch.compile needs"
+    unread = form.operands.keys() - {"g", "beta"}
+    if unread:
+        return f"the Triton kernels read g and beta, not {', '.join(sorted(unread))}"
     width = _width(form, x.kv_heads, x.q.shape[3], x.q.device)
     if width > LARGEST_HEAD_DIM:
         return f"the Triton kernels take features up to {LARGEST_HEAD_DIM}, not {width}"
@@ -57,10 +61,30 @@ def log_decays(form: Recurrence, x: Inputs) -> Tensor | None:
     g = x.operands.get("g")
     if form.decay is None:
         return g
-    constant = form.decay(torch.arange(x.heads, device=x.q.device), x.heads).float()[None, :, None]
+    constant = _constant(form, x.heads, x.q.device)[None, :, None]
     if g is None:
         return constant.expand(x.batch, -1, x.kv_len)
     return constant + g if g.ndim == 3 else constant[..., None] + g
+
+
+def _constant(form: Recurrence, heads: int, device: torch.device) -> Tensor:
+    """The log decay of each head. Computed once, unless the function reads tensors, which may change."""
+    return (_computed.__wrapped__ if _reads(form) else _computed)(form, heads, device)
+
+
+@lru_cache(256)
+def _computed(form: Recurrence, heads: int, device: torch.device) -> Tensor:
+    assert form.decay is not None, "log_decays looked"
+    with torch.inference_mode(False):  # or it could not be used where gradients are wanted
+        return form.decay(torch.arange(heads, device=device), heads).float()
+
+
+@lru_cache(256)
+def _reads(form: Recurrence) -> bool:
+    if not isfunction(form.decay):  # a module, for instance
+        return True
+    seen = getclosurevars(form.decay)
+    return any(isinstance(t, Tensor | torch.nn.Module) for t in (*seen.nonlocals.values(), *seen.globals.values()))
 
 
 def _featured(feature: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class _Recur(torch.autograd.Function):
         q, k, v, g, beta, starts = ctx.saved_tensors
         if do is None and d_end is None:
             return (None,) * 7
-        do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else _rows(do)
-        found = backward(Call.of(q, k, v, g, beta, ctx.scale), starts, do, d_end, ctx.needs_input_grad[3])
+        rows = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else _rows(do)
+        found = backward(Call.of(q, k, v, g, beta, ctx.scale), starts, rows, d_end, ctx.needs_input_grad[3])
         dg = None if found.g is None or g is None else found.g.to(g.dtype)
         dbeta = None if found.beta is None or beta is None else found.beta.to(beta.dtype)
         return *found[:3], dg, dbeta, None if ctx.state is None else found.state.to(ctx.state), None

@@ -11,6 +11,7 @@ from manyheads.engines.triton.blocks import cdiv, padded
 
 CHUNK = {2: 64, 4: 32}  # tokens, by the bytes of a number
 LEAST = 4  # chunks of a segment: it is walked twice
+AT_ONCE = 2  # programs that a multiprocessor has room for
 LARGEST = 128  # head_dim of keys up to which a segment that corrects can be put behind another
 ELSEWHERE = 132  # multiprocessors where they cannot be counted
 
@@ -46,15 +47,20 @@ TILES: dict[tuple[str, int, int], Tile] = {
 
 def tile(kernel: str, size: int, head_dim: int, width: int, channels: bool) -> Tile:
     """width: of what a tile's columns are of."""
-    names = (f"{kernel} channels", kernel) if channels else (kernel,)
-    keys = ((name, size, limit) for limit in (128, 256) if head_dim <= limit for name in names)
-    found = next(TILES[key] for key in keys if key in TILES)
+    found = TILES[key_of(kernel, size, head_dim, channels)]
     return found._replace(columns=min(found.columns, padded(width)))
 
 
+def key_of(kernel: str, size: int, head_dim: int, channels: bool) -> tuple[str, int, int]:
+    """Where the table has it: under the smallest head_dim that is not exceeded."""
+    names = (f"{kernel} channels", kernel) if channels else (kernel,)
+    keys = ((name, size, limit) for limit in (128, 256) if head_dim <= limit for name in names)
+    return next(key for key in keys if key in TILES)
+
+
 def segments(programs: int, chunks: int, device: torch.device) -> int:
-    """Of each row, where without them there are so many programs: about two programs a multiprocessor."""
-    wanted = min(cdiv(2 * _multiprocessors(device), programs), chunks // LEAST)
+    """Of each row, where without them there are so many programs."""
+    wanted = min(AT_ONCE * _multiprocessors(device) // programs, chunks // LEAST)
     return cdiv(chunks, cdiv(chunks, max(wanted, 1)))
 
 

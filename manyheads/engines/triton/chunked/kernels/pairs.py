@@ -58,6 +58,7 @@ def pairs(
             tl.store(B + place, dot((k * left).to(dtype), own, SIMULATED).to(dtype), mask=behind)
 
     # Inside of blocks: each token of a block meets number n of it, in all blocks at once.
+    tl.debug_barrier()  # what other threads wrote to SUMS is read
     of_q = tl.zeros([C, SUB], tl.float32)
     of_k = tl.zeros([C, SUB], tl.float32)
     number = tokens % SUB
@@ -65,9 +66,9 @@ def pairs(
         at = first + tokens - number + n
         there = (at < kv_len)[:, None] & (columns < D)[None, :]
         other = tl.load(K + at.to(tl.int64)[:, None] * (k_n * UNIT) + columns[None, :], mask=there, other=0.0)
-        chosen = tl.reshape(tl.where((number == n)[:, None], sum_g, 0.0), [C // SUB, SUB, PD])
-        other_g = tl.broadcast_to(tl.sum(chosen, 1, keep_dims=True), [C // SUB, SUB, PD])
-        apart = tl.where((number >= n)[:, None], sum_g - tl.reshape(other_g, [C, PD]), float("-inf"))
+        g_at = (tokens - number + n)[:, None] * D + columns[None, :]
+        other_g = tl.load(SUMS + g_at, mask=(columns < D)[None, :], other=0.0)
+        apart = tl.where((number >= n)[:, None], sum_g - other_g, float("-inf"))
         faded = other.to(tl.float32) * tl.math.exp2(apart)
         of_q = tl.where((within == n)[None, :], tl.sum(q * faded, 1, keep_dims=True), of_q)
         of_k = tl.where((within == n)[None, :], tl.sum(k * faded, 1, keep_dims=True), of_k)

@@ -1,0 +1,427 @@
+"""Recurrences in Triton: in the interpreter against eager in float64, compiled for Hopper without a GPU, and on a GPU.
+
+Triton decides at import whether it interprets, so those cases run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import manyheads
+from manyheads.core import Operand, Recurrence
+from manyheads.core.checks import build_inputs
+from manyheads.engines import eager, triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import compiled
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+G, BETA, GC = Operand("batch heads len"), Operand("batch heads len"), Operand("batch heads len head_dim")
+
+
+def slow(h: Tensor, heads: int) -> Tensor:
+    return -(h + 1.0) / heads
+
+
+def unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+FORMS: dict[str, Callable[[], Recurrence]] = {
+    "none": Recurrence,
+    "head": lambda: Recurrence(decay=slow),
+    "step": lambda: Recurrence(operands={"g": G}),
+    "head and step": lambda: Recurrence(decay=slow, operands={"g": G}),
+    "channel": lambda: Recurrence(operands={"g": GC}),
+    "head and channel": lambda: Recurrence(decay=slow, operands={"g": GC}),
+    "delta": lambda: Recurrence(key_feature=unit, write="delta", operands={"beta": BETA}),
+    "delta and head": lambda: Recurrence(key_feature=unit, decay=slow, write="delta", operands={"beta": BETA}),
+    "delta and step": lambda: Recurrence(key_feature=unit, write="delta", operands={"g": G, "beta": BETA}),
+    "delta and channel": lambda: Recurrence(key_feature=unit, write="delta", operands={"g": GC, "beta": BETA}),
+    "features": lambda: Recurrence(
+        query_feature=torch.exp, key_feature=lambda k: torch.cat([k.sigmoid(), k.cos()], -1)[..., : k.shape[-1]]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """heads: of queries and of keys. decay: how much is forgotten a step, at most. segments: how many chunks one has at
+    least, if not as many as the table says."""
+
+    form: str = "step"
+    q_len: int = 70
+    kv_len: int = 70
+    head_dim: int = 16
+    v_head_dim: int = 16
+    heads: tuple[int, int] = (1, 1)
+    batch: int = 1
+    decay: float = 0.5
+    state: bool = True
+    scale: float | None = None
+    least: int | None = None
+
+
+SMALL = {
+    "additive": [
+        *[Case(form, 40, 40, heads=(2, 2)) for form in ("head", "head and step", "features")],
+        *[Case("step", n, n, state=n > 64) for n in (1, 17, 63, 64, 65, 130)],
+        Case("step", 40, 130, 24, 40, (4, 2)),
+        Case("step", 33, 50, 16, 72, (2, 1), 2, state=False, scale=-0.3),
+        Case("step", 160, 160, 16, 24, least=2),
+        Case("none", 9, 140, least=1, state=False),
+    ],
+    "channels": [
+        *[Case("channel", n, n, state=n > 64) for n in (1, 33, 64)],
+        Case("head and channel", 30, 70, 24, 40, (2, 1)),
+        Case("channel", 160, 160, 16, 24, least=2),
+    ],
+    "delta": [
+        Case("delta", 40, 40, heads=(2, 2), state=False),
+        Case("delta and head", 30, 65),
+        *[Case("delta and step", n, n, state=n > 64) for n in (1, 17, 63, 64, 65)],
+        Case("delta and step", 40, 100, 24, 40, (2, 1), 2, scale=-0.3),
+        # What is left of a state behind a segment shows: little is forgotten and half of it overwritten.
+        Case("delta", 100, 100, 32, 24, least=1),
+        Case("delta and step", 100, 100, 32, 24, decay=0.02, least=1),
+    ],
+    "delta and channels": [
+        *[Case("delta and channel", n, n, state=n > 64) for n in (1, 33, 65)],
+        Case("delta and channel", 40, 70, 24, 40, (2, 1)),
+        Case("delta and channel", 100, 100, 32, 24, decay=0.02, least=1),
+    ],
+}
+
+
+def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like: torch.dtype) -> dict[str, Tensor]:
+    """Outputs, the state behind them and the gradients, in a dtype, of numbers that `like` holds exactly."""
+    draw = torch.Generator().manual_seed(0)
+    heads, kv_heads = case.heads
+
+    def leaf(*shape: int, make=lambda x: x) -> Tensor:
+        return make(torch.randn(shape, generator=draw)).to(like).to(device, dtype)
+
+    form = FORMS[case.form]()
+    # Heads behind tokens, as layers have them.
+    q = leaf(case.batch, case.q_len, heads, case.head_dim).transpose(1, 2).requires_grad_()
+    k = leaf(case.batch, case.kv_len, kv_heads, case.head_dim).transpose(1, 2).requires_grad_()
+    v = leaf(case.batch, case.kv_len, kv_heads, case.v_head_dim).transpose(1, 2).requires_grad_()
+    leaves = {"q": q, "k": k, "v": v}
+    sizes = {"batch": case.batch, "heads": heads, "len": case.kv_len, "head_dim": case.head_dim}
+    ranges = {"g": lambda x: -case.decay * x.sigmoid(), "beta": torch.sigmoid}
+    operands = {n: leaf(*o.shape(sizes), make=ranges[n]).requires_grad_() for n, o in form.operands.items()}
+    leaves |= operands
+    if case.state:
+        leaves["state"] = leaf(case.batch, heads, case.head_dim, case.v_head_dim).requires_grad_()
+    x = build_inputs(form, q, k, v, case.scale, None, None, leaves.get("state"), operands)
+    assert engine.why_not(form, x) is None
+    o, end = engine.run(form, x)
+    assert o.dtype == q.dtype and end.dtype == torch.promote_types(q.dtype, torch.float32)
+    loss = (o * leaf(*o.shape)).sum() + (end * leaf(*end.shape)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"o": o.detach(), "end": end.detach()} | dict(zip((f"d{n}" for n in leaves), grads, strict=True))
+
+
+def errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Relative to the size of the whole; infinite where something is not finite."""
+    if case.least is not None:
+        from manyheads.engines.triton.chunked import tables
+
+        tables.LEAST = case.least
+    ours = computed(case, triton, dtype, device, dtype)
+    truth = computed(case, eager, torch.float64, device, dtype)
+    found = {}
+    for name, true in truth.items():
+        # What is forgotten altogether is left out: its size says nothing.
+        error = ((ours[name].double() - true).norm() / true.norm().clamp(min=1e-3)).item()
+        found[name] = error if error == error else float("inf")
+    return found
+
+
+# ---- in the interpreter ----
+
+
+def interpreted(group: str) -> None:
+    """What a process of its own does: prints the errors of a group's cases."""
+    torch.set_num_threads(1)
+    print(json.dumps([errors(case, torch.float32, CPU) for case in SMALL[group]]))
+
+
+def interpret(call: str) -> str:
+    """The last line that a call in this file prints, under the interpreter, where warnings are errors."""
+    code = f"import warnings; warnings.simplefilter('error'); from tests import test_chunked; test_chunked.{call}"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("group", SMALL)
+def test_equals_eager(group):
+    found = json.loads(interpret(f"interpreted({group!r})"))
+    for case, errors in zip(SMALL[group], found, strict=True):
+        # A float32 sum over a hundred products, and exp2 of a rounded multiple of the decay.
+        assert max(errors.values()) < 5e-6, (case, errors)
+
+
+def strong() -> None:
+    """Decays of exp(-50) a step: nothing overflows, and what is left is right. The sum of a chunk's log decays reaches
+    -1600, of which float32 has 1e-4; what hangs on it alone is as far off."""
+    for name in STRONG:
+        found = errors(Case(name, 70, 70, decay=100.0), torch.float32, CPU)
+        assert max(found.values()) < 1e-3 and found["o"] < 1e-5, found
+    print("done")
+
+
+def halves() -> None:
+    """Two calls, the second with the state of the first, equal one; a call repeats bit by bit."""
+    for name in STRONG:
+        torch.manual_seed(0)
+        form, n, at = FORMS[name](), 45, 33
+        q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+        sizes = {"batch": 1, "heads": 1, "len": n, "head_dim": 16}
+        operands = {name: -torch.rand(o.shape(sizes)) for name, o in form.operands.items()}
+        operands = {name: (t if name == "g" else -t).requires_grad_() for name, t in operands.items()}
+        leaves = [q, k, v, *operands.values()]
+
+        def part(cut: slice, state: Tensor | None, form=form, q=q, k=k, v=v, operands=operands):
+            own = {name: t[:, :, cut] for name, t in operands.items()}
+            x = build_inputs(form, q[:, :, cut], k[:, :, cut], v[:, :, cut], None, None, None, state, own)
+            return triton.run(form, x)
+
+        def made(outputs, leaves=leaves) -> list[Tensor]:
+            o, end = outputs
+            return [o, end, *torch.autograd.grad(o.square().sum() + end.square().sum(), leaves)]
+
+        whole, again = made(part(slice(None), None)), made(part(slice(None), None))
+        first, state = part(slice(at), None)
+        second, end = part(slice(at, None), state)
+        for a, b, c in zip(whole, again, made((torch.cat([first, second], 2), end)), strict=True):
+            assert torch.equal(a, b), name
+            assert (a - c).norm() < 2e-6 * a.norm(), name
+    print("done")
+
+
+def narrow() -> None:
+    """In 16 bits, near: the interpreter cuts bits off where a GPU rounds."""
+    for name in STRONG:
+        case = Case(name, 40, 70, 16, 24)
+        assert max(errors(case, torch.bfloat16, CPU).values()) < 3e-2
+        assert max(errors(case, torch.float16, CPU).values()) < 5e-3
+    print("done")
+
+
+def single() -> None:
+    """A token after the other, each in one launch, equals all of them at once; so does one without a state."""
+    for name in FORMS:
+        torch.manual_seed(0)
+        form, n = FORMS[name](), 3
+        q, k, v = torch.randn(2, 2, n, 16), torch.randn(2, 1, n, 16), torch.randn(2, 1, n, 24)
+        sizes = {"batch": 2, "heads": 2, "len": n, "head_dim": 16}
+        operands = {m: torch.rand(o.shape(sizes)) * (-1 if m == "g" else 1) for m, o in form.operands.items()}
+        state, found = None, []
+        for at in range(n):
+            cut = slice(at, at + 1)
+            own = {m: t[:, :, cut] for m, t in operands.items()}
+            x = build_inputs(form, q[:, :, cut], k[:, :, cut], v[:, :, cut], None, None, None, state, own)
+            before = None if state is None else state.clone()
+            o, end = triton.run(form, x)
+            assert state is None or torch.equal(state, before), "the state that was given stays"
+            state, _ = end, found.append(o)
+        o, end = triton.run(form, build_inputs(form, q, k, v, None, None, None, None, operands))
+        assert (torch.cat(found, 2) - o).norm() < 1e-6 * o.norm() and (state - end).norm() < 1e-6 * end.norm(), name
+    print("done")
+
+
+def published() -> None:
+    """Mechanisms by their names, through the front door, against their references, and with the state they return."""
+    names = [name for name in manyheads.names() if causal(name)]
+    assert {"lightning_attention_2", "kimi_delta_attention"} <= set(names)
+    for name in names:
+        torch.manual_seed(0)
+        form, n, at = manyheads.get(name)(), 9, 7
+        q, k, v = (torch.randn(1, 2, n, 16) for _ in range(3))
+        sizes = {"batch": 1, "heads": 2, "kv_heads": 2, "len": n, "head_dim": 16, "v_head_dim": 16}
+        operands = {m: o.activation(torch.randn(o.shape(sizes))) for m, o in form.operands.items()}
+        call = partial(manyheads.attention, mechanism=name, engine="triton")
+        true = manyheads.get(name).reference(*(t.double() for t in (q, k, v)), **operands)
+        o = call(q, k, v, **operands)
+        cuts = slice(at), slice(at, None)
+        state, parts = None, []
+        for cut in cuts:
+            own = {m: t[:, :, cut] for m, t in operands.items()}
+            part, state = call(q[:, :, cut], k[:, :, cut], v[:, :, cut], state=state, return_state=True, **own)
+            parts.append(part)
+        for found in (o, torch.cat(parts, 2)):
+            assert (found - true).norm() < 5e-6 * true.norm(), name
+    print("done")
+
+
+def causal(name: str) -> bool:
+    """Whether the kernels say that they run it."""
+    form = manyheads.get(name)()
+    if not isinstance(form, Recurrence):
+        return False
+    q = torch.zeros(1, 2, 8, 16)
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 2, "len": 8, "head_dim": 16, "v_head_dim": 16}
+    operands = {m: torch.zeros(o.shape(sizes)) for m, o in form.operands.items()}
+    return triton.why_not(form, build_inputs(form, q, q, q, None, None, None, None, operands)) is None
+
+
+STRONG = ["step", "channel", "delta and step", "delta and channel"]
+
+
+@pytest.mark.parametrize("what", ["strong", "halves", "narrow", "single", "published"])
+def test_in_the_interpreter(what):
+    assert interpret(f"{what}()") == "done"
+
+
+# ---- without a GPU and without the interpreter ----
+
+
+def objection(form: Recurrence, dtype=torch.float32, head_dim=16, q_len=8, **operands: Tensor) -> str | None:
+    q, k = (torch.zeros(1, 2, n, head_dim, dtype=dtype) for n in (q_len, 8))
+    return triton.why_not(form, build_inputs(form, q, k, k, None, None, None, None, operands))
+
+
+def test_says_what_it_cannot_do(monkeypatch):
+    plain = Recurrence()
+    assert "not on cpu" in objection(plain)
+    monkeypatch.setattr(triton, "_interprets", lambda: True)
+    assert objection(plain) is None
+    assert objection(FORMS["delta and channel"](), g=torch.zeros(1, 2, 8, 16), beta=torch.zeros(1, 2, 8)) is None
+    assert "float64" in objection(plain, torch.float64)
+    assert "head_dim up to 256" in objection(plain, head_dim=257)
+    assert "causal" in objection(Recurrence(causal=False))
+    assert "q_len is 0" in objection(plain, q_len=0)
+    doubled = Recurrence(query_feature=lambda q: torch.cat([q, q], -1), key_feature=lambda k: torch.cat([k, k], -1))
+    assert objection(doubled) is None and "up to 256, not 260" in objection(doubled, head_dim=130)
+    q, at = torch.zeros(1, 2, 8, 16), torch.arange(8)[None]
+    assert "absent" in triton.why_not(plain, build_inputs(plain, q, q, q, None, at, at, None, {}))
+    assert "by name" in triton.hesitates(plain, build_inputs(plain, q, q, q, None, None, None, None, {}))
+
+
+# Words that a kernel spills, at most, with Triton 3.6 and 3.7: addresses of states, needed again behind the loop, and
+# accumulators while others are read. Tiles half as wide, which spill less, would read the keys twice as often.
+SPILLED = {
+    "walk add 128": 20, "walk channels 128": 32, "walk delta 128": 44, "walk delta channels 128": 100,
+    "back delta 128": 16, "gradients delta 128": 120, "gradients delta channels 128": 68,
+    "inner delta channels 128": 16,
+}  # fmt: skip
+CHECKED = [*SPILLED, "walk segments add 128", "back add 128", "gradients add 128", "solve delta 128"]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_uses_what_a_hopper_has(name):
+    pytest.importorskip("triton.backends.nvidia")
+    made = compiled.read(dict(compiled.recurrence_kernels())[name]())
+    assert made.spilled <= SPILLED.get(name, 0) and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
+
+
+# ---- on a GPU ----
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+BOUNDS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+REAL = [
+    *[Case(form, 1000, 1000, 64, 64, (4, 2), 2) for form in FORMS],
+    *[Case(form, 777, 1100, 128, 128, (4, 4)) for form in STRONG],
+    *[Case(form, 4100, 4100, 128, 128, (1, 1)) for form in STRONG],
+    *[Case(form, 300, 300, 256, 128, (2, 2)) for form in ("step", "delta and channel")],
+    *[Case(form, 130, 130, 72, 24, (2, 1)) for form in ("step", "delta and channel")],
+    *[Case("delta and channel", n, n, 64, 64, state=False) for n in (1, 17, 63, 64, 65)],
+]
+# Each dtype and head_dim is compiled anew: a second or two a kernel.
+PAIRS = [(case, dtype) for case in REAL for dtype in BOUNDS if case.head_dim == 64 or dtype == torch.bfloat16]
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=str)
+def test_equals_eager_on_a_gpu(case, dtype):
+    found = errors(case, dtype, torch.device("cuda"))
+    # A correction is a difference of numbers that were rounded.
+    assert max(found.values()) < BOUNDS[dtype] * (2 if "delta" in case.form else 1), found
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_repeats_bit_by_bit_on_a_gpu(form):
+    case = Case(form, 2048, 2048, 128, 128, (4, 2), 2)
+    runs = [computed(case, triton, torch.bfloat16, torch.device("cuda"), torch.bfloat16) for _ in range(3)]
+    for name, first in runs[0].items():
+        assert torch.equal(first, runs[1][name]) and torch.equal(first, runs[2][name]), name
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", STRONG)
+def test_strong_decays_on_a_gpu(form):
+    case = Case(form, 2048, 2048, 128, 128, (2, 2), decay=100.0)
+    for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 2.4e-2)):  # of float32, as in the interpreter
+        assert max(errors(case, dtype, torch.device("cuda")).values()) < bound
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_at_a_time_on_a_gpu(form):
+    form, device, n = FORMS[form](), torch.device("cuda"), 3
+    q, k, v = (torch.randn(2, heads, n, 64, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    sizes = {"batch": 2, "heads": 4, "len": n, "head_dim": 64}
+    operands = {
+        m: torch.rand(o.shape(sizes), device=device) * (-1 if m == "g" else 1) for m, o in form.operands.items()
+    }
+    state, found = None, []
+    for at in range(n):
+        cut = slice(at, at + 1)
+        own = {m: t[:, :, cut] for m, t in operands.items()}
+        x = build_inputs(form, q[:, :, cut], k[:, :, cut], v[:, :, cut], None, None, None, state, own)
+        o, state = triton.run(form, x)
+        found.append(o)
+    x = build_inputs(form, *(t.double() for t in (q, k, v)), None, None, None, None, operands)
+    o, end = eager.run(form, x)
+    assert (torch.cat(found, 2) - o).norm() < 5e-3 * o.norm() and (state - end).norm() < 5e-3 * end.norm()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("form", STRONG)
+def test_waits_for_nothing_and_new_lengths_compile_nothing(form):
+    from manyheads.engines.triton.chunked.kernels import back, gradients, inner, pairs, solve, walk
+
+    kernels = walk.walk, walk.carry, back.back, gradients.gradients, inner.inner, pairs.pairs, solve.solve
+    counts = []
+    for n in (2048, 2048, 1999):
+        torch.cuda.set_sync_debug_mode("error" if counts else "default")
+        try:
+            computed_on_device(form, n)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def computed_on_device(name: str, n: int) -> None:
+    form = FORMS[name]()
+    q, k, v = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    sizes = {"batch": 1, "heads": 2, "len": n, "head_dim": 64}
+    operands = {
+        m: torch.rand(o.shape(sizes), device="cuda") * (-1 if m == "g" else 1) for m, o in form.operands.items()
+    }
+    o, end = triton.run(form, build_inputs(form, q, k, v, None, None, None, None, operands))
+    torch.autograd.grad((o.float().sum() + end.sum()), (q, k, v))
