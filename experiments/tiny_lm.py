@@ -23,22 +23,28 @@ from torch import Tensor, nn
 from experiments.core import Block, Claim, Experiment, Numbers, Verdict, build, count, fit, lower, paired, values
 from manyheads import get, layers, names
 from manyheads.evaluate import texts
+from manyheads.layers.sparse.ssa import draw_mode
 
 DIM, HEADS, BLOCKS, LENGTH, BATCH, FF = 128, 4, 2, 128, 32, 4 * 128
 STEPS = 1000
 PIECE = 16 * 1024  # of ten pieces of text in a row the last is for validation
-WEIGHTS = {"load_balance": 0.01, "router_z": 0.001}  # of what layers add to the loss, as their papers have them
+# Of what layers add to the loss, as their papers have them; alignment is a mean over layers, the others are sums.
+WEIGHTS = {"load_balance": 0.01, "router_z": 0.001, "alignment": 10 / BLOCKS}
 
 
 @dataclass(frozen=True)
 class Variant:
     """One attention: a mechanism or a layer and its settings, of each block if `every` is given, which go in turn.
-    ff: width of the perceptrons, where a claim is about equal work rather than equal numbers of weights."""
+    ff: width of the perceptrons, where a claim is about equal work rather than equal numbers of weights.
+    judged: the attention that the trained weights are judged with, if it is another. prefixes: judge each byte from a
+    text that ends before it, as the attention chooses from all of a text what it reads."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     every: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     ff: int | None = None
+    judged: Variant | None = None
+    prefixes: bool = False
 
 
 def of(name: str, **settings: Any) -> Variant:
@@ -46,6 +52,7 @@ def of(name: str, **settings: Any) -> Variant:
 
 
 SLOW = {"engine": "eager"}  # a score function on so few tokens is not worth FlexAttention's half minute of compiling
+QUARTER = {"block_size": 8, "top_k": 4}  # of 16 blocks
 CHOSEN = {
     "causal": of("causal"),
     "causal, no rotary": of("causal", rope_theta=None),
@@ -91,6 +98,18 @@ CHOSEN = {
     "super_attention": of("super_attention", heads=4, length=LENGTH, causal=True),
     "super_attention efficient": of("super_attention", heads=4, kind="efficient", causal=True),
     "super_attention optimised": of("super_attention", heads=4, kind="optimised", causal=True),
+    "combiner": of("combiner", block_size=16),
+    "combiner's blocks without spans": of("sink_fixed_attention", group_size=16, shifted=HEADS + 1, sinks=0, **SLOW),
+    "dynamic_mask_attention": of("dynamic_mask_attention", window=32),
+    "sliding_window of 32": of("sliding_window", window=32, sinks=0, **SLOW),
+    "moba": of("moba", block_size=8, top_k=4, **SLOW),
+    "mosa, 10 heads for 2 dense ones": Variant(  # each has a fifth of a dense one's multiplications
+        "mosa", {"heads": 10, "dense_heads": 2, "sparsity": 4, "head_dim": 32}, ff=FF, prefixes=True
+    ),
+    "ssa, sparse": of("ssa", **QUARTER, **SLOW),
+    "ssa, full": Variant("ssa", {**QUARTER, **SLOW}, judged=of("ssa", mode="full", **QUARTER, **SLOW)),
+    "causal, judged as ssa is": Variant("causal", judged=of(
+        "infllm_v2", top_k=3, init_blocks=0, dense_len=0, block_size=8, kernel=8, stride=8, window=8, **SLOW)),
 }  # fmt: skip
 LEFT_OUT = {
     "paint": "stands in for a trained model's softmax, where tokens of an image are known",
@@ -152,7 +171,8 @@ def attention(variant: Variant, block: int) -> nn.Module:
 
 def run(name: str, seed: int, device: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    model = TinyLM(variants()[name]).to(device)
+    variant = variants()[name]
+    model = TinyLM(variant).to(device)
     train, validation, sha256 = text()
     train, validation = train.to(device), validation.to(device)
     order = torch.Generator().manual_seed(1000 + seed)
@@ -160,24 +180,37 @@ def run(name: str, seed: int, device: str, steps: int) -> dict[str, Any]:
     window = torch.arange(LENGTH + 1, device=device)
 
     def loss(step: int) -> Tensor:
+        draw_mode(model)
         tokens, extra = train[starts[step] + window], []
         logits = model(tokens[:, :-1], extra)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + sum(extra)
 
     seconds = fit(model, loss, steps, lr=2e-3, decay=0.1, warmup=100)
+    judged = TinyLM(variant.judged or variant).to(device).eval()
+    judged.load_state_dict(model.state_dict())
+    batches = 2 if steps < 10 else 10**9
+    leaking = {"loss_seeing_ahead": validate(judged, validation, batches, False)} if variant.prefixes else {}
     return {
-        "loss": validate(model, validation, 2 if steps < 10 else 10**9), "parameters": count(model), "ff": model.ff,
+        "loss": validate(judged, validation, batches, variant.prefixes), **leaking,
+        "parameters": count(model), "ff": model.ff,
         "seconds_per_step": seconds, "text_sha256": sha256,
     }  # fmt: skip
 
 
+def predict(model: nn.Module, tokens: Tensor, prefixes: bool) -> Tensor:
+    """Logits [batch, len, 256], each from the whole text or from a text that ends there."""
+    if not prefixes:
+        return model(tokens)
+    return torch.stack([model(tokens[:, :n])[:, -1] for n in range(1, tokens.shape[1] + 1)], 1)
+
+
 @torch.no_grad()
-def validate(model: nn.Module, data: Tensor, batches: int) -> float:
+def validate(model: nn.Module, data: Tensor, batches: int, prefixes: bool) -> float:
     """Nats a byte over windows side by side, in the first so many batches."""
-    windows = data[: len(data) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
+    windows = data[: len(data) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)[: batches * BATCH]
     losses = []
-    for rows in windows.split(BATCH)[:batches]:
-        logits = model(rows[:, :-1])
+    for rows in windows.split(16 * BATCH if prefixes else BATCH):
+        logits = predict(model, rows[:, :-1], prefixes)
         losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"))
     return torch.cat(losses).mean().item()
 
@@ -247,6 +280,16 @@ CLAIMS = (
           at_most("super_attention optimised", "causal, no rotary", plus=0.01)),
     Claim("minimal_attention", "one matrix in place of four costs less than 0.02 nats",
           at_most("minimal_attention", "causal, no rotary", plus=0.02)),
+    Claim("combiner", "lower loss than the same blocks without spans",
+          beats("combiner", "combiner's blocks without spans")),
+    Claim("dynamic_mask_attention", "a quarter of the keys, chosen, have lower loss than the last ones",
+          beats("dynamic_mask_attention", "sliding_window of 32")),
+    Claim("moba", "a quarter of the blocks cost less than 0.02 nats", at_most("moba", "causal", plus=0.02)),
+    Claim("mosa", "ten sparse heads for two dense ones have lower loss at equal work, choosing from the past alone",
+          beats("mosa, 10 heads for 2 dense ones")),
+    Claim("ssa", "sparse attention is 0.05 nats better than sparse use of a model trained with full attention",
+          at_most("ssa, sparse", "causal, judged as ssa is", plus=-0.05)),
+    Claim("ssa", "and within 0.02 nats of its own full mode", at_most("ssa, sparse", "ssa, full", plus=0.02)),
 )  # fmt: skip
 
 EXPERIMENT = Experiment(

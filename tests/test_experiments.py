@@ -12,7 +12,17 @@ pytest.importorskip("pydoc_data.topics", reason="the text to train on")
 
 from experiments import core, jobs, page, run, tiny_lm, toys
 from experiments.core import Claim, Experiment, above, below, lower
-from experiments.toys import filtering, find_block, match_three, rank, recall, relations, supporting_facts
+from experiments.toys import (
+    filtering,
+    find_block,
+    match_three,
+    needle,
+    rank,
+    recall,
+    relations,
+    relay,
+    supporting_facts,
+)
 from experiments.toys.common import squares
 
 
@@ -95,7 +105,7 @@ def test_language_models_are_causal_and_of_one_size(name):
     other = tokens.clone()
     other[:, 30:] = torch.randint(256, (1, 10))
     with torch.no_grad():
-        before, after = model(tokens)[:, :30], model(other)[:, :30]
+        before, after = (tiny_lm.predict(model, text, variant.prefixes)[:, :30] for text in (tokens, other))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)  # other kernels, other roundings; a leak is 0.1
     if variant.ff is None:
         assert core.count(model) == pytest.approx(core.count(tiny_lm.TinyLM(tiny_lm.of("causal"))), rel=0.025)
@@ -139,6 +149,22 @@ def test_tasks_have_right_answers():
     for text, answer in zip(tokens.tolist(), wanted.tolist(), strict=True):
         table = dict(zip(text[:16:2], text[1:16:2], strict=True))
         assert [table[key] - 16 for key in text[48::2]] == answer
+
+
+def test_facts_are_out_of_reach_and_have_right_answers():
+    torch.manual_seed(0)
+    (tokens, asked), wanted = needle.texts(20)
+    for text, places, answers in zip(tokens.tolist(), asked.tolist(), wanted.tolist(), strict=True):
+        facts = [i for i, (_, value) in enumerate(text) if value < needle.NOTHING]
+        table = dict(text[i] for i in facts)
+        assert len(table) == 8 and [table[text[place][0]] for place in places] == answers
+        assert [i for i, (word, _) in enumerate(text) if word == needle.LANDMARK] == [*range(15, 256, 16)]
+        assert min(places[8:]) - max(facts) > 2 * (needle.KEYS - 1), "two layers of windows would see them"
+    tokens, wanted = relay.far(20)
+    for text, answers in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        (at,) = [i for i, (_, value) in enumerate(text) if value < relay.NOTHING]
+        assert answers == [relay.IGNORED] * (at + 1) + [text[at][1]] * (255 - at)
+        assert relay.BLOCK <= at < 255 - relay.LAYERS * (8 * relay.BLOCK - 1)
 
 
 def test_the_kalman_filter_is_the_best_linear_filter():

@@ -69,6 +69,17 @@ def stack(entry: nn.Module, attentions: list[nn.Module], dim: int, ff: int, out:
     return nn.Sequential(entry, *(Block(dim, one, ff, norm=norm) for one in attentions), nn.Linear(dim, out))
 
 
+class Facts(nn.Module):
+    """Tokens that are a word and a value, [batch, len, 2], the embeddings of both added."""
+
+    def __init__(self, words: int, values: int, dim: int):
+        super().__init__()
+        self.word, self.value = nn.Embedding(words, dim), nn.Embedding(values, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.word(tokens[..., 0]) + self.value(tokens[..., 1])
+
+
 class Last(nn.Module):
     """What a model says of the last token."""
 

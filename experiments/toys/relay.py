@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.core import Claim, Experiment, above, below, build
-from experiments.toys.common import EAGER, above_less, cross_entropy, judged, learn, right, stack
+from experiments.toys.common import EAGER, Facts, above_less, cross_entropy, judged, learn, right, stack
 
-LENGTH, BLOCK, LAYERS, BATCH = 512, 8, 4, 16
+LENGTH, BLOCK, LAYERS, BATCH = 256, 4, 4, 32
+NOTHING = 16  # stands behind the values
 IGNORED = -100  # by cross entropy
 WINDOW = 9  # blocks that power attention sees at the most: the last five, those 8, 16 and 32 back, and the first
 VARIANTS = {
@@ -22,10 +23,11 @@ VARIANTS = {
 
 
 def texts(batch: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Noise with one token of 16 in a block from `first` to `last`, and that token for all places after it."""
-    tokens, key = torch.randint(16, 48, (batch, LENGTH)), torch.randint(16, (batch, 1))
+    """Noise with one fact in a block from `first` to `last`, and the fact's value for all places after it."""
     at = torch.randint(first * BLOCK, last * BLOCK + BLOCK, (batch, 1))
-    return tokens.scatter(1, at, key), torch.where(torch.arange(LENGTH) > at, key, IGNORED)
+    word = torch.randint(32, (batch, LENGTH)).scatter(1, at, 32)
+    key, here = torch.randint(NOTHING, (batch, 1)), torch.arange(LENGTH)
+    return torch.stack([word, torch.where(here == at, key, NOTHING)], -1), torch.where(here > at, key, IGNORED)
 
 
 def training(batch: int) -> tuple[Tensor, Tensor]:
@@ -40,22 +42,23 @@ def far(batch: int) -> tuple[Tensor, Tensor]:
 def run(variant: str, seed: int, device: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     name, settings = VARIANTS[variant]
-    model = stack(nn.Embedding(48, 64), [build(name, 64, 2, **settings) for _ in range(LAYERS)], 64, 128, 16)
-    numbers = learn(model, training, cross_entropy, seed, device, steps, lr=1e-3, batch=BATCH)
-    accuracy = judged(model, far, lambda logits, y: right(logits, y)[:, -1], device, parts=64)
+    attentions = [build(name, 64, 2, **settings) for _ in range(LAYERS)]
+    model = stack(Facts(33, NOTHING + 1, 64), attentions, 64, 128, NOTHING)
+    numbers = learn(model, training, cross_entropy, seed, device, steps, lr=2e-3, batch=BATCH)
+    accuracy = judged(model, far, lambda logits, y: right(logits, y)[:, -1], device, parts=32)
     return {"accuracy": accuracy, **numbers}
 
 
 EXPERIMENT = Experiment(
     name="relay",
-    about=f"One token to remember in {LENGTH} of noise, said after its block at every place, and judged at the last one "
-    f"with the token in the first half; {LAYERS} layers. Patterns see nine blocks of {LENGTH // BLOCK}, or a few more.",
+    about=f"One token to remember in {LENGTH} of noise, to be said at every place after it, and judged at the last one "
+    f"with the token in the first half; {LAYERS} layers. Patterns see nine blocks of {LENGTH // BLOCK}, or ten.",
     metric="accuracy",
     better="high",
     variants=tuple(VARIANTS),
     baseline="causal",
     run=run,
-    steps=600,
+    steps=400,
     claims=(
         Claim(
             "power_attention",
