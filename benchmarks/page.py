@@ -32,9 +32,9 @@ Row = Mapping[str, Any]
 
 
 def rows(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All rows of all files that attention.py wrote."""
+    """All rows that attention.py and selections.py wrote."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in map(json.loads, lines) if "engine" in row and "case" in row]
+    return [row for row in map(json.loads, lines) if "engine" in row and ("kv_heads" in row or "median_us" in row)]
 
 
 def newest(found: Iterable[Row]) -> list[Row]:

@@ -50,7 +50,8 @@ def back(
     chunks = tl.cdiv(kv_len, C)
     Q += (b * q_b + h * q_h) * UNIT
     DO += (b * do_b + h * do_h) * UNIT
-    G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if G is not None:
+        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
     if T is not None:
         K += (b * k_b + h // group * k_h) * UNIT
         BETA += b * w_b + h * w_h

@@ -16,9 +16,7 @@ LENGTHS = ["kv_len", "ahead", "heads", "segments", "per", "g_b", "g_h", "w_b", "
 @triton.jit
 def decays_of(G, b, h, g_b, g_h, bh, chunks, C: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
     """Where those of a head begin: log decays of tokens, or what `pairs` has left behind."""
-    if G is None:
-        return None
-    elif CHANNELS:
+    if CHANNELS:
         return G + bh * chunks * (C * D)
     else:
         return G + b * g_b + h * g_h

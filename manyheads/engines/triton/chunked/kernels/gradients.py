@@ -54,7 +54,8 @@ def gradients(
     V += (b * v_b + kv_h * v_h) * UNIT
     Q += (b * q_b + h * q_h) * UNIT
     DO += (b * do_b + h * do_h) * UNIT
-    G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if G is not None:
+        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
     STATES += (wide * chunks + c) * (D * DV)
     D_STATES += (wide * chunks + c) * (D * DV)
     dtype = K.dtype.element_ty

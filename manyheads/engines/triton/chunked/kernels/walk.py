@@ -57,7 +57,8 @@ def walk(
     chunks = tl.cdiv(kv_len, C)
     K += (b * k_b + kv_h * k_h) * UNIT
     V += (b * v_b + kv_h * v_h) * UNIT
-    G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if G is not None:
+        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
     if O is not None:
         Q += (b * q_b + h * q_h) * UNIT
         O += (b * o_b + h * o_h) * UNIT
