@@ -209,6 +209,22 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def recorder(rows: list[dict[str, Any]], path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """What takes a row: it goes to `rows`, to the terminal and, with what is to be known of the machine, to a file."""
+    about = machine()
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        line = json.dumps({**row, **about})
+        print(line, flush=True)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(line + "\n")
+
+    return add
+
+
 def table(rows: list[dict[str, Any]], wanted: list[str]) -> str:
     """Useful TFLOP/s of each engine, and ours over the best of the others."""
     lines = [f"{'case':15}{'shape':>20}  {'pass':9}" + "".join(f"{e:>8}" for e in wanted) + f"{'ours/best':>10}"]
@@ -242,17 +258,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/attention.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
-    about, rows, start = machine(), [], time.perf_counter()
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        line = json.dumps({**row, **about})
-        print(line, flush=True)
-        if given.results:
-            given.results.parent.mkdir(parents=True, exist_ok=True)
-            with given.results.open("a") as file:
-                file.write(line + "\n")
-
+    rows, start = [], time.perf_counter()
+    add = recorder(rows, given.results)
     todo = [(name, shape) for name, shape in work(given.sets) if name in given.cases]
     for number, (name, shape) in enumerate(todo):
         print(f"[{number}/{len(todo)}, {time.perf_counter() - start:.0f} s] {name} {shape}", flush=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -322,7 +321,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/recurrences.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
-    about, rows, start = attention.machine(), [], time.perf_counter()
+    rows, start = [], time.perf_counter()
+    add = attention.recorder(rows, given.results)
     options = given.peers, given.seconds, given.limit
     whole = [p for p in given.passes if p != "step"]
     shapes = given.shapes if whole else []
@@ -332,13 +332,7 @@ def main() -> int:
     for number, (name, shape, found) in enumerate(todo):
         print(f"[{number}/{len(todo)}, {time.perf_counter() - start:.0f} s] {name} {shape}", flush=True)
         for row in found:
-            rows.append(row)
-            line = json.dumps({**row, **about})
-            print(line, flush=True)
-            if given.results:
-                given.results.parent.mkdir(parents=True, exist_ok=True)
-                with given.results.open("a") as file:
-                    file.write(line + "\n")
+            add(row)
     print("\n" + table(rows, given.peers))
     return int(any(row.get("failed") and row["engine"] == "ours" for row in rows))
 

@@ -14,7 +14,6 @@ transposed ones, and FlexAttention's BlockMask. cuDNN computes all causal pairs,
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -253,17 +252,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/selections.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
-    about, rows, start = attention.machine(), [], time.perf_counter()
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        line = json.dumps({**row, **about})
-        print(line, flush=True)
-        if given.results:
-            given.results.parent.mkdir(parents=True, exist_ok=True)
-            with given.results.open("a") as file:
-                file.write(line + "\n")
-
+    rows, start = [], time.perf_counter()
+    add = attention.recorder(rows, given.results)
     for length in given.lengths:
         for head_dim in given.head_dims:
             shape = Shape(1, 32, 8, length, head_dim)

@@ -83,11 +83,9 @@ class Call:
             return self.own[tile, transposed]
         at = self.q_positions, self.kv_positions
         key = key_of(self.program, at, self.batch, self.heads, self.operands, tile, transposed, self.device)
-        lists = None if key is None else KEPT.get(key)
-        if lists is None:
-            lists = self._lists(tile, transposed)
-            if key is not None:
-                KEPT.put(key, lists, lists.tiles.numel(), self.program.tensors)
+        lists = KEPT.made(
+            key, lambda: self._lists(tile, transposed), lambda lists: lists.tiles.numel(), self.program.tensors
+        )
         self.own[tile, transposed] = lists
         return lists
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -57,6 +57,17 @@ class Kept(Generic[Found]):
             self.found[key] = found, elements, alive
             while len(self.found) > 1 and (len(self.found) > self.sets or self._size() > self.elements):
                 self.found.popitem(last=False)
+
+    def made(
+        self, key: tuple[Any, ...] | None, make: Callable[[], Found], size: Callable[[Found], int], alive: Any
+    ) -> Found:
+        """What is kept, or else made now; None as a key keeps nothing."""
+        found = None if key is None else self.get(key)
+        if found is None:
+            found = make()
+            if key is not None:
+                self.put(key, found, size(found), alive)
+        return found
 
     def all(self) -> list[Found]:
         with self._lock:

@@ -139,10 +139,4 @@ def states_of(
 
     positions = x.q_positions, x.kv_positions
     key = key_of(program, positions, x.batch, x.heads, operands, tile, turned, x.q.device)
-    if key is None:
-        return make()
-    found = KEPT.get(key)
-    if found is None:
-        found = make()
-        KEPT.put(key, found, found.numel(), program.tensors)
-    return found
+    return KEPT.made(key, make, lambda found: found.numel(), program.tensors)

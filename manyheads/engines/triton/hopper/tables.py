@@ -91,13 +91,7 @@ def table_of(
 
     positions = x.q_positions, x.kv_positions
     key = key_of(program, positions, x.batch, x.heads, operands, tile, turned, x.q.device)
-    if key is None:
-        return make()
-    found = KEPT.get(key)
-    if found is None:
-        found = make()
-        KEPT.put(key, found, found.values.numel(), program.tensors)
-    return found
+    return KEPT.made(key, make, lambda found: found.values.numel(), program.tensors)
 
 
 def tiles_of(program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor]) -> Tensor:
