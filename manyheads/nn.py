@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
 
 class OperandSource(nn.Module):
-    """Where a layer's operand comes from: a projection of x that starts at 0, or a parameter."""
+    """Where a layer's operand comes from: a projection of x without a bias at first, or a parameter."""
 
     def __init__(self, operand: Operand, dim: int, sizes: dict[str, int]):
         super().__init__()
@@ -135,10 +135,11 @@ class OperandSource(nn.Module):
         inner = tuple(n for n in operand.names if n not in ("batch", "len"))
         self.inner = tuple(int(n) if n.isdigit() else sizes[n] for n in inner)
         if operand.per_token:
-            # Zeros: the operand starts as what its activation makes of 0, the same for every token.
+            # With zeros the operand starts as what its activation makes of 0, the same for every token.
             self.weight = nn.Linear(dim, max(1, int(torch.tensor(self.inner).prod())))
-            nn.init.zeros_(self.weight.weight)
             nn.init.zeros_(self.weight.bias)
+            with torch.no_grad():
+                operand.init(self.weight.weight)
         else:
             self.weight = nn.Parameter(torch.empty(self.inner))
             with torch.no_grad():

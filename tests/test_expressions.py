@@ -438,6 +438,7 @@ BOUNDED = dict(
     clamp=lambda b, h, i, j: (i - 2 * j).clamp(3, 9) + (2 * i - j).clamp(max=2) <= 11,
     where=lambda b, h, i, j: torch.where(i < 2 * j, 3, 5) > 2,
     tanh=lambda b, h, i, j: torch.tanh((i - 2 * j) * 0.01) < 1.5,
+    erf=lambda b, h, i, j: torch.erf((i - 2 * j) * 0.01) < 1.5,
     sigmoid=lambda b, h, i, j: torch.sigmoid((i - 2 * j) * 0.01) > -0.5,
     waves=lambda b, h, i, j: torch.sin((i - 2 * j) * 0.01) * torch.cos((i - 2 * j) * 0.01) < 1.5,
     growth=lambda b, h, i, j: torch.exp((i + 2 * j) * -0.1) + torch.exp2((i - 2 * j) * 0.01) > 0,

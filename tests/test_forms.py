@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from manyheads import attention, explain, merge
 from manyheads.core import Blocks, Function, Operand, Recurrence, Scores, Selection, Sum
@@ -414,6 +415,19 @@ def test_flex_has_sinks_on_a_gpu(case, make_inputs):
 
 # ---- recurrences ----
 
+
+def twice(t):
+    return torch.cat([t.cos(), t.sin()], -1)
+
+
+def writes(n):
+    return {
+        "more_keys": Operand(f"batch kv_heads len {n - 1} head_dim"),
+        "more_values": Operand(f"batch kv_heads len {n - 1} v_head_dim"),
+        "beta": Operand(f"batch heads len {n}", lambda x: 2 * torch.sigmoid(x)),
+    }
+
+
 RECURRENCES = {
     "no decay": Recurrence(),
     "a decay for each head": Recurrence(decay=lambda h, heads: -(h + 1.0) / heads),
@@ -436,15 +450,53 @@ RECURRENCES = {
         operands={"beta": Operand("batch heads len", torch.sigmoid)},
     ),
     "features": Recurrence(query_feature=torch.exp, key_feature=lambda k: torch.nn.functional.elu(k) + 1),
-}
+    "wider features": Recurrence(query_feature=twice, key_feature=twice),
+    "a sum": Recurrence(query_feature=torch.exp, key_feature=torch.exp, normaliser="sum"),
+    "a sum with two decays": Recurrence(
+        query_feature=torch.exp, key_feature=torch.exp, normaliser="sum", decay=lambda h, heads: -(h + 1.0) / heads,
+        operands={"g": Operand("batch heads len head_dim", lambda x: -x.exp())},
+    ),
+    "a sum of at least 2": Recurrence(
+        query_feature=torch.sigmoid, key_feature=torch.sigmoid, normaliser="sum", least=2.0,
+        operands={"g": Operand("batch heads len", lambda x: -x.exp())},
+    ),
+    "delta with a sum": Recurrence(
+        write="delta", query_feature=lambda q: q.softmax(-1), key_feature=lambda k: k.softmax(-1), normaliser="sum",
+        operands={"beta": Operand("batch heads len", torch.sigmoid)},
+    ),
+    "two writes": Recurrence(write="delta", key_feature=lambda k: k.softmax(-1), operands=writes(2)),
+    "three writes with a decay for each token": Recurrence(
+        write="delta", key_feature=lambda k: k.softmax(-1), default_scale=lambda d: d**-0.5,
+        operands={"g": Operand("batch heads len", lambda x: -x.exp()), **writes(3)},
+    ),
+    "two writes with a decay for each channel and a sum": Recurrence(
+        write="delta", query_feature=lambda q: q.softmax(-1), key_feature=lambda k: k.softmax(-1), normaliser="sum",
+        operands={"g": Operand("batch heads len head_dim", lambda x: -x.exp()), **writes(2)},
+    ),
+    "slots": Recurrence(write="slots", operands={"g": Operand("batch heads len 3", lambda x: -x.exp())}),
+}  # fmt: skip
 
 
-def stepwise(form, x):
-    """The recurrence as it is defined, one token at a time."""
+def stepwise(form, x, state=None):
+    """The recurrence as it is defined, one token at a time: o of every token, and the state behind the last."""
     heads = x.q.shape[1]
     q = form.query_feature(x.q) * x.q.shape[-1] ** -0.5
-    k, v = form.key_feature(x.k), x.v
-    state, out = 0.0 * (k[:, :, 0, :, None] * v[:, :, 0, None]), []
+    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (x.k, x.v))
+    if form.write == "slots":
+        return slotwise(q, k, v, x.operands["g"], state)
+    k, v, beta = k[:, :, :, None], v[:, :, :, None], x.operands.get("beta")
+    if "more_keys" in x.operands:
+        k, v = (
+            torch.cat([t, x.operands[m].repeat_interleave(heads // x.k.shape[1], 1)], 3)
+            for t, m in ((k, "more_keys"), (v, "more_values"))
+        )
+    elif beta is not None:
+        beta = beta[..., None]
+    k = form.key_feature(k)
+    if form.normaliser == "sum":
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    state = 0.0 * (k[:, :, 0, 0, :, None] * v[:, :, 0, 0, None]) if state is None else state
+    out = []
     for t in range(k.shape[2]):
         g = torch.zeros(1, dtype=q.dtype)
         if form.decay:
@@ -453,29 +505,132 @@ def stepwise(form, x):
             own = x.operands["g"][:, :, t]
             g = g + (own if own.ndim == 3 else own[..., None])
         state = g.exp()[..., None] * state
-        write = v[:, :, t]
-        if form.write == "delta":
-            write = x.operands["beta"][:, :, t, None] * (write - (k[:, :, t, None] @ state).squeeze(2))
-        state = state + k[:, :, t, :, None] * write[:, :, None]
-        out.append(q[:, :, t, None] @ state)
+        for n in range(k.shape[3]):
+            write = v[:, :, t, n]
+            if form.write == "delta":
+                write = beta[:, :, t, n, None] * (write - (k[:, :, t, n, None] @ state).squeeze(2))
+            state = state + k[:, :, t, n, :, None] * write[:, :, None]
+        if t >= k.shape[2] - q.shape[2]:
+            out.append(q[:, :, t - k.shape[2], None] @ state)
+    o = torch.cat(out, 2)
+    if form.normaliser == "none":
+        return o, state
+    total = o[..., -1:]
+    return o[..., :-1] / (total if form.least is None else total.clamp(min=form.least)), state
+
+
+def slotwise(q, k, v, g, state):
+    """The same for slots: K~ and V~ side by side."""
+    alpha = g.exp()
+    rows = torch.cat([k, v], -1)
+    state = 0.0 * alpha[:, :, 0, :, None] * rows[:, :, 0, None] if state is None else state
+    out = []
+    for t in range(k.shape[2]):
+        a = alpha[:, :, t, :, None]
+        state = a * state + (1 - a) * rows[:, :, t, None]
+        if t >= k.shape[2] - q.shape[2]:
+            keys, values = state.split([k.shape[3], v.shape[3]], -1)
+            weights = (keys @ q[:, :, t - k.shape[2], :, None]).softmax(2)
+            out.append(weights.mT @ values)
     return torch.cat(out, 2), state
 
 
-@pytest.mark.parametrize("length", [1, 16, 70])
+@pytest.mark.parametrize("given", [False, True], ids=["from nothing", "from a state"])
+@pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (70, 70), (19, 40)], ids=str)
 @pytest.mark.parametrize("case", RECURRENCES)
-def test_recurrences_equal_their_definition(case, length, make_inputs):
+def test_recurrences_equal_their_definition(case, sizes, given, make_inputs):
     form = RECURRENCES[case]
-    x = make_inputs(form, length, heads=2, head_dim=4, grad=True)
+    x = make_inputs(form, *sizes, heads=2, kv_heads=1, head_dim=4, grad=True)
     if form.write == "delta":  # long keys would make any delta rule explode
         x.k = x.leaves[1] = (x.k / x.k.norm(dim=-1, keepdim=True)).detach().requires_grad_()
-    tensors = (x.q, x.k, x.v)
-    expected, last = stepwise(form, x)
-    o, state = attention(*tensors, form, return_state=True, **x.operands)
+    tensors, leaves, state = (x.q, x.k, x.v), x.leaves, None
+    if given:
+        shape = attention(*tensors, form, return_state=True, **x.operands)[1].shape
+        state = torch.rand(shape, dtype=torch.float64).requires_grad_()  # positive: a sum is divided by
+        leaves = [*leaves, state]
+    expected, last = stepwise(form, x, state)
+    o, end = attention(*tensors, form, state=state, return_state=True, **x.operands)
     torch.testing.assert_close(o, expected, **EXACT)
-    torch.testing.assert_close(state, last, **EXACT)
-    weights = torch.randn_like(o), torch.randn_like(state)
-    got, wanted = (torch.autograd.grad(y, x.leaves, weights) for y in ((o, state), (expected, last)))
+    torch.testing.assert_close(end, last, **EXACT)
+    weights = torch.randn_like(o), torch.randn_like(end)
+    got, wanted = (torch.autograd.grad(y, leaves, weights) for y in ((o, end), (expected, last)))
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("case", RECURRENCES)
+def test_recurrences_step_by_step(case, make_inputs):
+    """Each call with the state of the one before it."""
+    form = RECURRENCES[case]
+    x = make_inputs(form, 9, kv_heads=2)
+    whole, last = attention(*x.tensors, form, return_state=True, **x.operands)
+    state, found = None, []
+    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        own = {name: t[:, :, start:stop] for name, t in x.operands.items()}
+        o, state = attention(
+            *(t[:, :, start:stop] for t in x.tensors), form, state=state, return_state=True, **own
+        )  # fmt: skip
+        found.append(o)
+    torch.testing.assert_close(torch.cat(found, 2), whole, **EXACT)
+    torch.testing.assert_close(state, last, **EXACT)
+    with pytest.raises(ValueError, match="state must be a tensor"):
+        attention(*x.tensors, form, state=state[..., 1:], **x.operands)
+
+
+def test_a_decay_is_not_kept_from_a_call_without_numbers():
+    form = Recurrence(decay=lambda h, heads: -(h + 1.0) / heads)
+    with FakeTensorMode():
+        assert attention(*torch.ones(3, 1, 2, 5, 4), form).shape == (1, 2, 5, 4)
+    o = attention(*torch.ones(3, 1, 2, 5, 4), form)
+    assert type(o) is torch.Tensor and o.isfinite().all()
+
+
+@pytest.mark.parametrize("least", [None, 3.0])
+def test_without_causal_a_sum_divides_too(least, make_inputs):
+    form = Recurrence(
+        query_feature=torch.exp, key_feature=torch.sigmoid, normaliser="sum", least=least, causal=False
+    )  # fmt: skip
+    x = make_inputs(form, 5, 8, kv_heads=2, grad=True)
+    k, v = (t.repeat_interleave(2, 1) for t in (x.k, x.v))
+    weights = x.q.exp() @ k.sigmoid().mT * 6**-0.5
+    total = weights.sum(-1, keepdim=True)
+    expected = weights @ v / (total if least is None else total.clamp(min=least))
+    o = attention(*x.tensors, form)
+    torch.testing.assert_close(o, expected, **EXACT)
+    weight = torch.randn_like(o)
+    got, wanted = (torch.autograd.grad(y, x.leaves, weight) for y in (o, expected))
+    torch.testing.assert_close(got, wanted, **EXACT)
+
+
+def test_a_sum_over_nothing_gives_zero(make_inputs):
+    """No key seen: 0 and no NaN, in gradients neither, whether causal or not."""
+    positions = torch.tensor([[-1, -1, -1, -1], [-1, -1, 0, 1]])
+    for causal in (True, False):
+        form = Recurrence(query_feature=torch.exp, key_feature=torch.exp, normaliser="sum", causal=causal)
+        x = make_inputs(form, 4, grad=True)
+        o = attention(*x.tensors, form, q_positions=positions, kv_positions=positions)
+        assert o.transpose(1, 2)[positions < 0].eq(0).all() and o[1, :, 2:].ne(0).all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(o.square().sum(), x.leaves))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"write": "delta"}, "beta goes with write='delta'"),
+        ({"operands": {"beta": Operand("batch heads len")}}, "beta goes with write='delta'"),
+        (
+            {"operands": {"more_keys": Operand("batch kv_heads len 1 head_dim")}},
+            "more_keys and more_values go together",
+        ),
+        ({"write": "slots"}, "slots have an operand g"),
+        ({"least": 1.0}, "'none' has none"),
+        ({"key_softmax": True}, "causal=False"),
+        ({"causal": False, "decay": lambda h, heads: -h}, "no decay"),
+        ({"causal": False, "operands": {"g": Operand("batch heads len")}}, "no decay"),
+    ],
+)
+def test_a_recurrence_says_what_does_not_go_together(given, match):
+    with pytest.raises(ValueError, match=match):
+        Recurrence(**given)
 
 
 @pytest.mark.parametrize("strong", [1.0, 1e4])
@@ -498,6 +653,8 @@ def test_what_an_absent_token_holds_does_not_matter(case, make_inputs):
     operands = {n: value[:, :, there] for n, value in x.operands.items()}
     expected = attention(*(t[:, :, there] for t in x.tensors), form, **operands)
     q, k, v = (t.masked_fill(~there[:, None], torch.inf).requires_grad_() for t in x.tensors)
+    for name in x.operands.keys() & {"more_keys", "more_values"}:
+        x.operands[name] = x.operands[name].masked_fill(~there[:, None, None], torch.inf)
     o = attention(q, k, v, form, q_positions=positions, kv_positions=positions, **x.operands)
     torch.testing.assert_close(o[:, :, there], expected, **EXACT)
     assert o[:, :, ~there].eq(0).all()

@@ -8,6 +8,7 @@ from torch import Tensor
 from manyheads.core.dropout import dropout_of
 from manyheads.core.forms import Form, Recurrence, Scores, Selection
 from manyheads.core.inputs import Inputs, as_rows, default_positions
+from manyheads.core.recurrence import state_shape
 
 
 def build_inputs(
@@ -53,8 +54,8 @@ def build_inputs(
         raise ValueError(f"a selection takes queries that have a key: q_len {x.q_len} exceeds kv_len {x.kv_len}")
     if isinstance(form, Recurrence) and form.causal and x.ragged:
         _check_order(x)
-    if state is not None:
-        expected = (x.batch, x.heads, q.shape[3], x.v_head_dim)
+    if state is not None and isinstance(form, Recurrence):
+        expected = state_shape(form, x)
         if not isinstance(state, Tensor) or tuple(state.shape) != expected:
             got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(f"state must be a tensor {expected}, as an earlier call returned it, not {got}")

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from manyheads.core.builders import listed
 from manyheads.core.expressions import Program, trace
 
 
@@ -32,6 +33,17 @@ def one(head_dim: int) -> float:
     return 1.0
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1; zero stays zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def as_linear(weight: Tensor) -> Tensor:
+    """Filled in place as torch's linear layers start, by its last size."""
+    bound = weight.shape[-1] ** -0.5
+    return weight.uniform_(-bound, bound)
+
+
 @dataclass(frozen=True, eq=False)
 class Operand:
     """An input beside q, k and v. Declared once; test data, benchmark data and a layer's projection follow from it.
@@ -39,7 +51,8 @@ class Operand:
     dims: names from `batch heads kv_heads len head_dim v_head_dim`, or numbers, separated by blanks. With `len` the
         operand has a value for each token, and a layer projects it from x; without, it is a parameter of the layer.
     activation: takes what a projection gives (any real number) to the operand's own range.
-    init: fills a layer's parameter in place (operands without `len`); zeros if absent.
+    init: fills the layer's parameter in place: the operand before its activation or, with `len`, the projection's
+        weight; zeros if absent.
     kind: "f" for floating numbers, "b" for booleans.
     """
 
@@ -174,7 +187,7 @@ class Blocks:
     @classmethod
     def from_map(cls, keep: Tensor) -> Blocks:
         """From a boolean map [batch, heads, query blocks, key blocks]; n is its width, as nobody waits for counts."""
-        return cls(torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True), keep.sum(-1))
+        return cls(*listed(keep))
 
     @classmethod
     def from_indices(cls, indices: Tensor, there: Tensor | None = None) -> Blocks:
@@ -187,9 +200,9 @@ class Blocks:
 
     def to_map(self, key_blocks: int) -> Tensor:
         """The boolean map [batch, heads, query blocks, key blocks] again."""
-        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        meant = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
         keep = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return keep.scatter(-1, torch.where(listed, self.indices, key_blocks), True)[..., :key_blocks]
+        return keep.scatter(-1, torch.where(meant, self.indices.long(), key_blocks), True)[..., :key_blocks]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -199,13 +212,19 @@ class Selection(Form):
     select(q, k, *, scale, offset) -> Blocks: q [batch, heads, q_len, head_dim] stands at positions offset,
     offset + 1, ...; k [batch, kv_heads, kv_len, head_dim] at 0, 1, .... Block n of either side holds the positions
     n * block to (n + 1) * block - 1, and the first listed query block is offset // query_block. No gradient flows
-    through the choice unless select lets it.
+    through the choice unless select lets it. even: all query blocks get about as many key blocks, as with a fixed
+    number of them, so that it is the same in which order they are worked on.
     """
 
     select: Callable[..., Blocks]
     scores: Scores
     query_block: int
     key_block: int
+    even: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scores.program.mask_reads_operands  # noqa: B018  torch.compile follows what is there, but cannot make it
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -215,17 +234,48 @@ class Recurrence(Form):
     S_t = decay_t S_{t-1} + write_t, o_t = S_t^T (scale q_t), with q, k after `query_feature`, `key_feature`.
     decay: None; or a function (h, heads) -> log decay of each head, constant in time. An operand named `g` (log decay,
         <= 0; "batch heads len" for one a step, with head_dim behind for one a channel) decays as well.
-    write: "add": k_t v_t^T. "delta": beta_t k_t (v_t - S'^T k_t)^T after the decay, with the operand `beta`.
-    causal: False reads the state after the last token for every query.
+    write: "add": k_t v_t^T. "delta": beta_t k_t (v_t - S'^T k_t)^T after the decay, with the operand `beta`
+        "batch heads len"; n of them one after the other with the operands `more_keys` and `more_values`, "batch
+        kv_heads len n-1 head_dim" and "... v_head_dim", written behind k_t and v_t, and `beta` "batch heads len n".
+        "slots": (1 - exp(g_t)) (k_t, v_t)^T, with an operand `g` "batch heads len m" for m slots; S = (K~, V~) is
+        [m, head_dim + v_head_dim] then, and o_t = V~_t^T softmax(K~_t (scale q_t)).
+    normaliser: "none"; or "sum": o_t = S_t^T (scale q_t) / z_t^T (scale q_t), with z the same recurrence for a value
+        that is 1 for each write; it is the last column of the state. The scale cancels, but for `least`.
+    least: with "sum", what is divided by is at least this.
+    causal: False reads the state after the last token for every query; it adds up without a decay.
     key_softmax: the keys' feature is a softmax over the tokens, channel by channel (needs causal=False).
     """
 
     query_feature: Callable[[Tensor], Tensor] = identity
     key_feature: Callable[[Tensor], Tensor] = identity
     decay: Callable[[Tensor, int], Tensor] | None = None
-    write: Literal["add", "delta"] = "add"
+    write: Literal["add", "delta", "slots"] = "add"
+    normaliser: Literal["none", "sum"] = "none"
+    least: float | None = None
     causal: bool = True
     key_softmax: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if ("beta" in self.operands) != (self.write == "delta"):
+            raise ValueError(f"an operand beta goes with write='delta', and with no other; not with {self.write!r}")
+        if ("more_keys" in self.operands) != ("more_values" in self.operands) or (
+            self.write != "delta" and self.writes > 1
+        ):
+            raise ValueError("the operands more_keys and more_values go together, and with write='delta'")
+        if self.write == "slots" and ("g" not in self.operands or self.normaliser != "none" or self.decay is not None):
+            raise ValueError("slots have an operand g, a softmax for a normaliser, and no other decay")
+        if self.least is not None and self.normaliser != "sum":
+            raise ValueError(f"least is a bound of a sum; the normaliser {self.normaliser!r} has none")
+        if self.key_softmax and self.causal:
+            raise ValueError("a softmax over all tokens needs causal=False")
+        if not self.causal and (self.write != "add" or self.decay is not None or "g" in self.operands):
+            raise ValueError("without causal there is no order of tokens: no decay, and no write but 'add'")
+
+    @property
+    def writes(self) -> int:
+        """How many there are for each token."""
+        return 1 + int(self.operands["more_keys"].names[3]) if "more_keys" in self.operands else 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

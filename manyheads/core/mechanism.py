@@ -27,7 +27,7 @@ class Mechanism(Published):
     reference: the equation, position by position, (q, k, v, **settings, **operands) -> o, for equal numbers of heads.
     examples: settings to test with, small enough for a dozen tokens.
     laws: special cases that equal another mechanism.
-    causal: no output depends on a later position.
+    causal: no output depends on a later position. A setting of this name says otherwise for its form.
     sees_future: why an output may depend on later positions although later keys are masked; "" if it does not.
     trained: True if a model must be trained with it; False if it stands in for softmax attention in a trained model.
     at: settings for a context of n tokens, where the paper's defaults are made for longer ones.

@@ -6,14 +6,19 @@ computed again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.dropout import Dropout
+from manyheads.core.eagerly import eagerly
 from manyheads.core.entmax import entmax
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
-from manyheads.core.inputs import Inputs, Positions, as_rows
+from manyheads.core.inputs import Inputs
+from manyheads.core.recurrence import recur, to_heads
 from manyheads.core.rows import unseen
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
 
@@ -29,7 +34,7 @@ def hesitates(form: Form, x: Inputs) -> str | None:
 def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
     match form:
         case Scores() | Selection():
-            return _scores(form, x)
+            return (COMPILED if torch.compiler.is_compiling() else _scores)(form, x)
         case Recurrence():
             return _recurrence(form, x)
         case Sum():
@@ -69,6 +74,9 @@ def _scores(form: Scores | Selection, x: Inputs) -> tuple[Tensor, Tensor]:
     for at, (o_part, lse_part) in zip(rows, parts, strict=True):
         o[:, :, at], lse[:, :, at] = o_part, lse_part
     return o, lse
+
+
+COMPILED = eagerly("eager", _scores)
 
 
 def _assemble(empty: Tensor, rows: list[slice], parts: list[Tensor], dim: int) -> Tensor:
@@ -132,101 +140,73 @@ def _weights(
 
 
 def _recurrence(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk; within a chunk only differences of log decays are exponentiated, so nothing overflows."""
+    """Nothing but o is rounded, in float16 and bfloat16."""
     wide = torch.promote_types(x.q.dtype, torch.float32)
-    asks, here = _present(x.q_positions, x), _present(x.kv_positions, x)
-    # Absent tokens may hold anything, and a feature may make infinity of it, or NaN.
-    q, k, v = _zeroed(x.q.to(wide), asks), _zeroed(x.k.to(wide), here), _zeroed(x.v.to(wide), here)
-    q = form.query_feature(q) * x.scale
-    k, v = _to_heads(k, x.heads), _to_heads(v, x.heads)
-    if not form.causal:
-        return _reduce(form, q, k, v, here, asks, x)
-    k = _zeroed(form.key_feature(k), here)  # an absent token writes nothing and lets nothing decay
-    q = torch.nn.functional.pad(q, (0, 0, x.kv_len - x.q_len, 0))  # the queries are the last ones: read those alone
-    g, beta = _decay(form, x, wide), x.operands.get("beta")
-    g = None if g is None else _zeroed(g, here)
+    operands = {name: t.to(wide) for name, t in x.operands.items()}
+    state = None if x.state is None else x.state.to(wide)
+    widened = x.with_(q=x.q.to(wide), k=x.k.to(wide), v=x.v.to(wide), operands=operands, state=state)
+    o, end = recur(form, widened, partial(_scan, _step), partial(_scan, _step_by_value))
+    return o.to(x.q.dtype), end
+
+
+def _scan(
+    step: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    state: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Chunk by chunk; within a chunk only differences of log decays are exponentiated, so nothing overflows."""
+    ahead = k.shape[2] - q.shape[2]
+    k, v = to_heads(k, q.shape[1]), to_heads(v, q.shape[1])
+    q = torch.nn.functional.pad(q * scale, (0, 0, ahead, 0))  # the queries are the last ones: read those alone
+    g = g if g is None or g.ndim == 4 else g[..., None]
+    state = q.new_zeros(*q.shape[:2], k.shape[3], v.shape[3]) if state is None else state
     outputs = []
-    state = x.state.to(wide) if x.state is not None else q.new_zeros(x.batch, x.heads, k.shape[-1], x.v_head_dim)
-    size = 16 if g is not None and g.shape[-1] > 1 else 64  # a vector decay holds size x size x head_dim numbers
-    for start in range(0, x.kv_len, size):
+    size = 16 if g is not None and g.shape[3] > 1 else 64  # a vector decay holds size x size x channels numbers
+    for start in range(0, k.shape[2], size):
         cut = slice(start, start + size)
-        o, state = _step(
-            q[:, :, cut], k[:, :, cut], v[:, :, cut],
-            None if g is None else g[:, :, cut].expand(x.batch, -1, -1, -1),
-            None if beta is None else beta[:, :, cut, None].to(wide), state, form.write,
+        o, state = step(
+            q[:, :, cut], k[:, :, cut], v[:, :, cut], None if g is None else g[:, :, cut],
+            None if beta is None else beta[:, :, cut, None], state,
         )  # fmt: skip
         outputs.append(o)
-    if not outputs:
-        return x.nothing(), state
-    o = torch.cat(outputs, 2)[:, :, x.kv_len - x.q_len :]
-    return _zeroed(o, asks).to(x.q.dtype), state
+    return torch.cat(outputs, 2)[:, :, ahead:] if outputs else q @ state, state
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, write: str
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One chunk: outputs and the state after it. g [batch, heads, size, 1 | head_dim] or None."""
-    size = q.shape[2]
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    if g is None:
-        total, gone = None, k
-        inner, keys = q @ k.mT, k @ k.mT
-        q_in, k_in = q, k
-    else:
-        total = g.cumsum(2)
-        apart = total[:, :, :, None] - total[:, :, None, :]  # [batch, heads, i, j, 1 | head_dim]
-        fade = apart.masked_fill(~causal[..., None], 0.0).exp()
-        if g.shape[-1] == 1:
-            inner, keys = (q @ k.mT) * fade[..., 0], (k @ k.mT) * fade[..., 0]
-        else:
-            inner = torch.einsum("bhic,bhjc,bhijc->bhij", q, k, fade)
-            keys = torch.einsum("bhic,bhjc,bhijc->bhij", k, k, fade)
-        q_in, k_in = q * total.exp(), k * total.exp()
-        gone = k * (total[:, :, -1:] - total).exp()
-    if write == "delta":
-        assert beta is not None, "a delta rule declares beta"
-        # u_i = beta_i (v_i - S'^T k_i): each correction sees the ones before it, a unit lower triangular system.
-        known = beta * (v - k_in @ state)
-        lower = (beta * keys).tril(-1) + torch.eye(size, dtype=q.dtype, device=q.device)
-        v = torch.linalg.solve_triangular(lower, known, upper=False, unitriangular=True)
-    o = q_in @ state + inner.masked_fill(~causal, 0.0) @ v
+    """One chunk: outputs and the state after it. g [batch, heads, size, 1 | head_dim], beta [batch, heads, size, 1]."""
+    total, fade = (None, None) if g is None else _fading(g)
+
+    def products(a: Tensor) -> Tensor:
+        if fade is None or fade.shape[-1] == 1:
+            return a @ k.mT if fade is None else (a @ k.mT) * fade[..., 0]
+        return torch.einsum("bhic,bhjc,bhijc->bhij", a, k, fade)
+
+    arrived, gone = (1.0, 1.0) if total is None else (total.exp(), (total[:, :, -1:] - total).exp())
+    if beta is not None:
+        # u_i = beta_i (v_i - S'^T k_i): each correction sees the ones before it, a unit lower triangular system. What
+        # stands on the diagonal and above it is not read.
+        known = beta * (v - k * arrived @ state)
+        v = torch.linalg.solve_triangular(beta * products(k), known, upper=False, unitriangular=True)
+    o = q * arrived @ state + products(q).tril() @ v
     kept = state if total is None else state * total[:, :, -1, :, None].exp()
-    return o, kept + gone.mT @ v
+    return o, kept + (k * gone).mT @ v
 
 
-def _reduce(
-    form: Recurrence, q: Tensor, k: Tensor, v: Tensor, here: Tensor | None, asks: Tensor | None, x: Inputs
-) -> tuple[Tensor, Tensor]:
-    """Not causal: one state for all queries."""
-    if form.key_softmax:
-        k = k.softmax(2) if here is None else k.masked_fill(~here, -torch.inf).softmax(2).nan_to_num(0.0)
-    state = _zeroed(form.key_feature(k), here).mT @ v
-    return _zeroed(q @ state, asks).to(x.q.dtype), state
+def _step_by_value(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where channels of the values decay: g [batch, heads, size, v_head_dim]."""
+    total, fade = _fading(g)
+    o = (q @ state) * total.exp() + torch.einsum("bhij,bhjc,bhijc->bhic", (q @ k.mT).tril(), v, fade)
+    last = total[:, :, -1:]
+    return o, state * last.exp() + k.mT @ (v * (last - total).exp())
 
 
-def _to_heads(x: Tensor, heads: int) -> Tensor:
-    """Grouped heads side by side: a state belongs to each query head."""
-    return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x
-
-
-def _present(positions: Positions, x: Inputs) -> Tensor | None:
-    """bool [batch | 1, 1, len, 1], where a token is, or None if all are."""
-    return None if not isinstance(positions, Tensor) else (as_rows(positions, x.q.device) >= 0)[:, None, :, None]
-
-
-def _zeroed(t: Tensor, here: Tensor | None) -> Tensor:
-    return t if here is None else torch.where(here, t, 0.0)
-
-
-def _decay(form: Recurrence, x: Inputs, wide: torch.dtype) -> Tensor | None:
-    """Log decay [batch | 1, heads, len, 1 | head_dim], the constant and the operand's together."""
-    g = x.operands.get("g")
-    total = None if g is None else g.to(wide) if g.ndim == 4 else g[..., None].to(wide)
-    if form.decay is not None:
-        h = torch.arange(x.heads, device=x.q.device)
-        constant = form.decay(h, x.heads).to(wide)[None, :, None, None].expand(1, -1, x.kv_len, 1)
-        total = constant if total is None else total + constant
-    return total
+def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left, in logarithms, at each token of what was there before the chunk, and [batch, heads, i, j, channels]
+    at token i of what j wrote, for j <= i."""
+    total = g.cumsum(2)
+    causal = torch.ones(g.shape[2], g.shape[2], dtype=torch.bool, device=g.device).tril()
+    return total, (total[:, :, :, None] - total[:, :, None]).masked_fill(~causal[..., None], 0.0).exp()
 
 
 # ---- sums ----

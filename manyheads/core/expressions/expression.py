@@ -26,7 +26,6 @@ _INSTEAD = {
     "size": "a number: every expression is one (i, j) element",
     "softmax": "the score before normalisation: a score sees one element",
     "isin": "any(x == value for value in ...), or a boolean tensor indexed by x",
-    "erf": "torch.tanh",
     "setitem": "torch.where, or a tensor changed before tracing",
 }
 

@@ -165,6 +165,9 @@ OPS: dict[str, Op] = {
     "sigmoid": Op(
         1, "real", torch.sigmoid, rising(torch.sigmoid), "1.0 / (1.0 + tl.exp(-{0}))", (lambda n, a: n * (1 - n),)
     ),
+    "erf": Op(
+        1, "real", torch.erf, rising(torch.erf), "tl.erf({0})", (lambda n, a: 2 / math.pi**0.5 * torch.exp(-a * a),)
+    ),
     "sin": Op(1, "real", torch.sin, intervals.wave, "tl.sin({0})", (lambda n, a: torch.cos(a),)),
     "cos": Op(1, "real", torch.cos, intervals.wave, "tl.cos({0})", (lambda n, a: -torch.sin(a),)),
     "floor": Op(1, "real", torch.floor, rising(torch.floor), "tl.floor({0})"),

@@ -121,7 +121,7 @@ class EvictingLayer(_Layer):
 
 
 class StateLayer(_Layer):
-    """A recurrence's state [batch, heads, head_dim, v_head_dim] in place of keys and values."""
+    """A recurrence's state in place of keys and values."""
 
     held = ("state",)
     _gives_up = "its state has taken in"

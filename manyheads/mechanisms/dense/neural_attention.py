@@ -14,7 +14,7 @@ arXiv:2502.17206.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from manyheads.core import Function, Operand, mechanism, one
+from manyheads.core import Function, Operand, as_linear, mechanism, one
 from manyheads.core.maps import read, softmax_of_past
 
 PAIRS = 2**20  # pairs of query and key at a time, each with p numbers
@@ -30,12 +30,6 @@ def reference(q, k, v, *, w_q, b_q, w_k, b_k, w_1, b_1, w_2, b_2, w_3, width=2):
             s.append(torch.relu(hidden @ w_2.T + b_2) @ w_3)
         out.append(torch.softmax(torch.stack(s, -1), -1)[..., None, :] @ v[..., : offset + i + 1, :])
     return torch.cat(out, -2)
-
-
-def as_linear(w):
-    """As torch's linear layers start."""
-    bound = w.shape[-1] ** -0.5
-    return w.uniform_(-bound, bound)
 
 
 @mechanism(

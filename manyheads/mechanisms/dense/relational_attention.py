@@ -13,7 +13,7 @@ Altabaa, Lafferty. "Disentangling and Integrating Relational and Sensory Informa
 
 import torch
 
-from manyheads.core import Function, Operand, mechanism
+from manyheads.core import Function, Operand, as_linear, mechanism
 from manyheads.core.maps import attention_map, read
 
 
@@ -26,11 +26,6 @@ def reference(q, k, v, *, x, y, w_r, relations=8, width=64):
         messages = torch.einsum("hel,blj->bhje", w_r, r) + v[..., seen, :]
         out.append(a @ messages)
     return torch.cat(out, -2)
-
-
-def spread(w_r):
-    bound = w_r.shape[-1] ** -0.5
-    return w_r.uniform_(-bound, bound)
 
 
 @mechanism(
@@ -55,4 +50,4 @@ def relational_attention(relations: int = 8, width: int = 64) -> Function:
     tokens, mixing = f"batch {relations} len {width}", f"heads v_head_dim {relations}"
     # A layer's projections start at 0, where a product of two has no gradient.
     side = Operand(tokens, lambda raw: 1 + raw)
-    return Function(forward=forward, operands={"x": side, "y": side, "w_r": Operand(mixing, init=spread)})
+    return Function(forward=forward, operands={"x": side, "y": side, "w_r": Operand(mixing, init=as_linear)})

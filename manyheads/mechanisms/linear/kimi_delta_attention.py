@@ -12,7 +12,7 @@ Kimi Team. "Kimi Linear: An Expressive, Efficient Attention Architecture." 2025.
 import torch
 import torch.nn.functional as F
 
-from manyheads.core import Operand, Recurrence, mechanism
+from manyheads.core import Operand, Recurrence, mechanism, unit
 
 
 def reference(q, k, v, *, g, beta):
@@ -39,10 +39,6 @@ def reference(q, k, v, *, g, beta):
 )
 def kimi_delta_attention() -> Recurrence:
     """Log decay `g` for each channel and write strength `beta` for each token."""
-
-    def unit(x):
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
     return Recurrence(
         query_feature=unit,
         key_feature=unit,

@@ -1,0 +1,1 @@
+"""Linear: layers around a state, a long convolution or a scan."""
