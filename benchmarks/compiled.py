@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "q_at": None, "kv_at": None}
         common["NORMALISER"] = launching.NORMALISERS[form.normaliser]
         common |= {} if name == "dropout" else dict.fromkeys(launching.DROPOUT)
+        common |= {"order": None, "bits": None, "QUERY_BLOCK": 0, "KEY_BLOCK": 0}
         for width in forward.TILINGS:
             keys, stages, deep = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
@@ -102,6 +104,61 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"queries {name} {width}", lambda a=(backward.QUERIES, form, boxes, width, constants): compiled(*a)
 
 
+SMALL = ((1, 128), (64, 32))  # blocks of queries and keys that are no tiles
+
+
+def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Hopper's over lists of such blocks, in an order of their own, for a causal mask."""
+    from manyheads.engines.triton.hopper import backward, forward, launching
+
+    form = form_of("causal")
+    common = {"MASKED": True, "POSITIONS": False, "q_at": None, "kv_at": None, "NORMALISER": 0, "KIND": 2}
+    common |= dict.fromkeys(launching.DROPOUT)
+    for (query_block, key_block), width in product(SMALL, forward.TILINGS):
+        label, halves = f"of {query_block} and {key_block}, {width}", key_block < 128
+        sizes = {**common, "QUERY_BLOCK": query_block, "KEY_BLOCK": key_block}
+        keys, stages, deep = forward.HALVES if halves and width < 256 else forward.TILINGS[width]
+        boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
+        constants = {**sizes, "STAGES": stages, "sink": None, "DEEP": deep}
+        yield f"attend {label}", partial(compiled, forward.ATTEND, form, boxes, width, constants)
+        tiling = backward.HALVES_TILINGS[width] if halves else backward.KEYS_TILINGS[width, True]
+        boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
+        boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+        constants = {**sizes, "Q_STAGES": tiling.q, "DO_STAGES": tiling.do, "LATE": tiling.late}
+        constants |= {"DK": True, "DV": not tiling.apart, "HALVES": tiling.halves}
+        yield f"keys {label}", partial(compiled, backward.KEYS, form, boxes, width, constants)
+        keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
+        boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
+        constants = {**sizes, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
+        yield f"queries {label}", partial(compiled, backward.QUERIES, form, boxes, width, constants)
+
+
+def list_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What makes tables of lists of blocks: plain Triton."""
+    from manyheads.engines.triton.hopper.kernels import listing, uniting
+
+    yield "mark", partial(tables, uniting.mark, {"SLOTS": 1024})
+    for turned in (False, True):
+        label = " turned" if turned else ""
+        yield f"tiles of lists{label}", partial(tables, listing.listing, {"SLOTS": 128, "TURNED": turned})
+        for query_block, key_block in SMALL:
+            sizes = {"QUERY_BLOCK": query_block, "KEY_BLOCK": key_block, "QUERIES": 128, "KEYS": 64}
+            constants = {**sizes, "SLOTS": 128, "TURNED": turned}
+            yield f"uniting{label} {query_block} {key_block}", partial(tables, uniting.uniting, constants)
+
+
+def tables(kernel: Any, constants: dict[str, Any]) -> Any:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"out": "*i32", "bits": "*i32", "listed": "*i32", "indices": "*i32", "counts": "*i32", "states": "*u8"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return compile(ASTSource(kernel, signature, given), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+
+
 def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constants: dict[str, Any]) -> Any:
     """boxes: rows of each descriptor's box; less than 0 for numbers of that many queries."""
     import triton
@@ -119,6 +176,7 @@ def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constant
     types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
     types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32", "seed": "*i64"}
     types |= {"inflation": "fp32", "level": "*fp32", "powers": "*fp32", "ahead": "*i32"}
+    types |= {"order": "*i32", "bits": "*i32"}
     types |= {name: descriptor(rows) for name, rows in boxes.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in entry.arg_names}
     places = {name: (k,) for k, name in enumerate(entry.arg_names)}
@@ -149,7 +207,9 @@ def read(kernel: Any) -> Found:
 
 # ---- recurrences ----
 
-WRITES = {"add": (), "channels": ("A",), "delta": ("T", "BETA"), "delta channels": ("A", "B", "T", "BETA")}
+WRITES = {
+    "add": (), "channels": ("A", "K_OUT"), "delta": ("T", "BETA"), "delta channels": ("A", "B", "T", "BETA", "K_OUT"),
+}  # fmt: skip
 LEFT_OUT = {  # what nobody asks for in a launch
     "walk": ("U", "TRANSITION", "TOTALS", "STATES"), "walk segments": ("Q", "O", "START", "U", "STATES"),
     "walk states": ("O", "TRANSITION", "TOTALS", "END"), "back": ("TRANSITION", "TOTALS"),
@@ -178,22 +238,23 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
 
     name = launch.split()[0]
     kernel = getattr(import_module(f"manyheads.engines.triton.chunked.kernels.{name}"), name)
-    alone = {"pairs": tables.Tile(0, 8, 1), "solve": tables.Tile(0, 4, 1)}  # as call.py has them
+    alone = {"pairs": tables.Tile(0, 4, 1), "solve": tables.Tile(0, 4, 1)}  # as call.py has them
     tile = alone.get(name) or tables.tile(name, 2, width, width, "channels" in writes)
     constants: dict[str, Any] = {"D": width, "DV": width, "PD": width, "BV": tile.columns, "BK": tile.columns}
-    constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "UNIT": 1, "SIMULATED": False}
-    read = {"A", "B", "T", "BETA", *(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB"))}
+    constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "UNIT": 1}
+    constants |= {"SIMULATED": False}
+    read = {"A", "B", "T", "BETA", "K_OUT"}
+    read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN"))
     read |= set(() if "channels" in writes else ("DA", "DB"))
+    read |= {"K"} if name == "walk" and writes == "channels" else set()
     absent = {*LEFT_OUT.get(launch, ()), *(read - set(WRITES[writes]))}
     if launch == "walk states" and "delta" in writes:
         absent.discard("U")
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {
         n: None for n in kernel.arg_names if n in absent
     }
-    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "G", "BETA", "DG", "DBETA"}
-    wide |= {"DQ_PART", "DK_PART", "DG_PART"} | (
-        {"DQ", "DK"} if name == "gradients" and "channels" in writes else set()
-    )
+    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "ENDS", "G", "BETA", "DG", "DBETA"}
+    wide |= {"DQ_PART", "DK_PART", "DG_PART"}
     types = {n: "*fp32" if n in wide else "*bf16" if n.isupper() or n == "DV_" else "i32" for n in kernel.arg_names}
     types |= {"scale": "fp32"} if "scale" in types else {}
     types |= dict.fromkeys(constants, "constexpr")
@@ -201,6 +262,52 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and "_" in n and n not in free)]
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+# ---- choosing blocks ----
+
+BLOCKS = (64, 256, 1024, 2048, 8192)  # of keys
+
+
+def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from manyheads.engines.triton.choosing import launches
+
+    absent: dict[str, Any] = {"indices": None, "counts": None}
+    for width in (64, 128):
+        yield f"means {width}", partial(choosing, "means", "means", {"ROWS": 64, "D": width, "PD": width})
+    for blocks in BLOCKS:
+        own: dict[str, Any] = {"ROWS": max(1, launches.TILE // blocks), "COLUMNS": blocks, "FIRST": False}
+        best, fewest = {**own, "share": None, "kept": None}, {**own, **absent}
+        yield f"best of {blocks}", partial(choosing, "rows", "heaviest_of_rows", best)
+        yield f"fewest of {blocks}", partial(choosing, "rows", "heaviest_of_rows", fewest)
+        for name, shared in (("best", False), ("fewest", True)):
+            own = {"SHARE": shared, "D": 128, "PRECISION": "tf32x3", **launches.tile_of(blocks, 128)}
+            yield f"{name} past of {blocks}", partial(choosing, "past", "past", own)
+    yield "listing", partial(choosing, "listing", "listing", {"ROWS": 4, "COLUMNS": 512})
+    for name in ("count", "place"):
+        yield name, partial(choosing, "turning", name, {"COLUMNS": 32})
+
+
+def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
+    from importlib import import_module
+
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from manyheads.engines.triton.choosing import launches
+
+    kernel = getattr(import_module(f"manyheads.engines.triton.choosing.kernels.{module}"), name)
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"x": "*bf16", "q": "*bf16", "kept": "*u8", "keep": "*u8"}
+    types |= dict.fromkeys(("indices", "counts", "words", "begins", "numbers"), "*i32")
+    types |= dict.fromkeys(("k", "space", "mass"), "*fp32") | {"out": "*i32" if module == "turning" else "*fp32"}
+    types |= {"scale": "fp32", "share": "fp32" if module == "past" else "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types = {n: types[n] for n in kernel.arg_names}
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and n not in free)]
+    aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
+    options = {"num_warps": launches.warps(constants.get("COLUMNS", 1))}
     return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -259,8 +366,9 @@ def check(only: str) -> dict[str, Any]:
     import triton
 
     rows: dict[str, Any] = {"triton": triton.__version__}
-    hopper = list(hopper_kernels()) if only in ("hopper", "all") else []
+    hopper = [*hopper_kernels(), *small_kernels(), *list_kernels()] if only in ("hopper", "all") else []
     hopper += list(recurrence_kernels()) if only in ("recurrences", "all") else []
+    hopper += list(choosing_kernels()) if only in ("choosing", "all") else []
     for name, make in [*hopper, *(plain_kernels() if only in ("plain", "all") else [])]:
         start = time.perf_counter()
         try:
@@ -302,7 +410,7 @@ def main() -> int:
     parser.add_argument("--tritons", nargs="*", default=[], help="versions to check beside the one that is installed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tritons", help="where they go")
     parser.add_argument(
-        "--only", choices=("hopper", "recurrences", "plain", "all"), default="all", help="which kernels"
+        "--only", choices=("hopper", "recurrences", "choosing", "plain", "all"), default="all", help="which kernels"
     )
     parser.add_argument("--json", action="store_true", help="print nothing but the rows of the installed one")
     given = parser.parse_args()

@@ -21,6 +21,8 @@ from torch import Tensor
 import manyheads
 from manyheads.core import Operand, Recurrence
 from manyheads.core.checks import build_inputs
+from manyheads.core.forms import identity
+from manyheads.core.recurrence import state_shape
 from manyheads.engines import eager, triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -30,6 +32,11 @@ import compiled
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 G, BETA, GC = Operand("batch heads len"), Operand("batch heads len"), Operand("batch heads len head_dim")
+WRITES = {
+    "more_keys": Operand("batch kv_heads len 1 head_dim"),
+    "more_values": Operand("batch kv_heads len 1 v_head_dim"),
+    "beta": Operand("batch heads len 2"),
+}
 
 
 def slow(h: Tensor, heads: int) -> Tensor:
@@ -38,6 +45,10 @@ def slow(h: Tensor, heads: int) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def twice(x: Tensor) -> Tensor:
+    return torch.cat([x.sigmoid(), x.exp()], -1)
 
 
 FORMS: dict[str, Callable[[], Recurrence]] = {
@@ -54,6 +65,16 @@ FORMS: dict[str, Callable[[], Recurrence]] = {
     "features": lambda: Recurrence(
         query_feature=torch.exp, key_feature=lambda k: torch.cat([k.sigmoid(), k.cos()], -1)[..., : k.shape[-1]]
     ),
+    "sum": lambda: Recurrence(query_feature=twice, key_feature=twice, normaliser="sum", operands={"g": G}),
+    "sum and channel": lambda: Recurrence(
+        query_feature=torch.exp, key_feature=torch.exp, normaliser="sum", least=9.0, operands={"g": GC}
+    ),
+    "delta twice and head": lambda: Recurrence(key_feature=unit, write="delta", decay=slow, operands=WRITES),
+    "delta twice and channel": lambda: Recurrence(key_feature=unit, write="delta", operands={"g": GC, **WRITES}),
+    "delta twice and sum": lambda: Recurrence(
+        query_feature=torch.exp, key_feature=lambda k: k.softmax(-1), write="delta", normaliser="sum", operands=WRITES
+    ),
+    "slots": lambda: Recurrence(write="slots", operands={"g": Operand("batch heads len 32")}),
 }
 
 
@@ -88,6 +109,7 @@ SMALL = {
         *[Case("channel", n, n, state=n > 64) for n in (1, 33, 64)],
         Case("head and channel", 30, 70, 24, 40, (2, 1)),
         Case("channel", 160, 160, 16, 24, least=2),
+        Case("channel", 40, 70, 24, 40, decay=20.0),  # too strong for one product of a whole chunk
     ],
     "delta": [
         Case("delta", 40, 40, heads=(2, 2), state=False),
@@ -102,6 +124,19 @@ SMALL = {
         *[Case("delta and channel", n, n, state=n > 64) for n in (1, 33, 65)],
         Case("delta and channel", 40, 70, 24, 40, (2, 1)),
         Case("delta and channel", 100, 100, 32, 24, decay=0.02, least=1),
+        Case("delta and channel", 40, 70, 24, 40, decay=20.0),
+    ],
+    "sums and several writes": [
+        Case("sum", 40, 70, 24, 40, (4, 2), 2),
+        Case("sum", 20, 20, state=False),
+        Case("sum and channel", 30, 70, 16, 24, (2, 1)),
+        *[Case("delta twice and head", n, n, state=n > 32) for n in (1, 17, 33)],
+        Case("delta twice and channel", 30, 40, 24, 40, (2, 1), 2),
+        Case("delta twice and sum", 30, 40, 16, 24, (2, 1), scale=0.3),
+    ],
+    "slots": [
+        Case("slots", 40, 70, 24, 40, (2, 1), scale=0.7),
+        Case("slots", 1, 1, state=False),
     ],
 }
 
@@ -120,12 +155,16 @@ def computed(case: Case, engine, dtype: torch.dtype, device: torch.device, like:
     k = leaf(case.batch, case.kv_len, kv_heads, case.head_dim).transpose(1, 2).requires_grad_()
     v = leaf(case.batch, case.kv_len, kv_heads, case.v_head_dim).transpose(1, 2).requires_grad_()
     leaves = {"q": q, "k": k, "v": v}
-    sizes = {"batch": case.batch, "heads": heads, "len": case.kv_len, "head_dim": case.head_dim}
+    x = build_inputs(form, q, k, v, case.scale, None, None, None, {})
     ranges = {"g": lambda x: -case.decay * x.sigmoid(), "beta": torch.sigmoid}
-    operands = {n: leaf(*o.shape(sizes), make=ranges[n]).requires_grad_() for n, o in form.operands.items()}
+    operands = {
+        n: leaf(*o.shape(x.sizes), make=ranges.get(n, identity)).requires_grad_() for n, o in form.operands.items()
+    }
     leaves |= operands
     if case.state:
-        leaves["state"] = leaf(case.batch, heads, case.head_dim, case.v_head_dim).requires_grad_()
+        # Positive where it is divided by.
+        make = torch.exp if form.normaliser == "sum" else identity
+        leaves["state"] = leaf(*state_shape(form, x), make=make).requires_grad_()
     x = build_inputs(form, q, k, v, case.scale, None, None, leaves.get("state"), operands)
     assert engine.why_not(form, x) is None
     o, end = engine.run(form, x)
@@ -217,7 +256,7 @@ def halves() -> None:
 
 def narrow() -> None:
     """In 16 bits, near: the interpreter cuts bits off where a GPU rounds."""
-    for name in STRONG:
+    for name in (*STRONG, "sum", "slots"):
         case = Case(name, 40, 70, 16, 24)
         assert max(errors(case, torch.bfloat16, CPU).values()) < 3e-2
         assert max(errors(case, torch.float16, CPU).values()) < 5e-3
@@ -230,7 +269,7 @@ def single() -> None:
         torch.manual_seed(0)
         form, n = FORMS[name](), 3
         q, k, v = torch.randn(2, 2, n, 16), torch.randn(2, 1, n, 16), torch.randn(2, 1, n, 24)
-        sizes = {"batch": 2, "heads": 2, "len": n, "head_dim": 16}
+        sizes = {"batch": 2, "heads": 2, "kv_heads": 1, "len": n, "head_dim": 16, "v_head_dim": 24}
         operands = {m: torch.rand(o.shape(sizes)) * (-1 if m == "g" else 1) for m, o in form.operands.items()}
         state, found = None, []
         for at in range(n):
@@ -246,10 +285,64 @@ def single() -> None:
     print("done")
 
 
+def operators() -> None:
+    """torch's checks: the schema, what is foretold of shapes and strides, autograd, and all of it traced."""
+    from manyheads.engines.triton.chunked import op
+
+    torch.manual_seed(0)
+    some = {"test_utils": ("test_schema", "test_faketensor")}
+    for n, width in ((20, 16), (1, 24)):
+        several = n > 1
+        leaves = [
+            torch.randn(2, n, 2, 16).transpose(1, 2), torch.randn(2, 1, n, 16), torch.randn(2, 1, n, width),
+            -torch.rand(2, 2, n, 16) if several else None, torch.rand(2, 2, n),
+            torch.randn(2, 2, 16, width) if several else None,
+        ]  # fmt: skip
+        given = (*(t if t is None else t.requires_grad_() for t in leaves), 0.25)
+        torch.library.opcheck(op.recur, given, **({} if several else some))
+        do, d_end = (t.detach() for t in op.recur(*given))
+        # It has no derivative of its own.
+        torch.library.opcheck(op.differentiate, (do, d_end if several else None, several, *given), **some)
+    print("done")
+
+
+def whole() -> None:
+    """One graph: outputs, states and gradients as without torch.compile; one more for all other lengths, and one for
+    steps of decoding. A row is cut into segments."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from manyheads.engines.triton.chunked import tables
+
+    tables.LEAST = 1
+    form = FORMS["delta twice and sum"]()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **operands: Tensor) -> tuple[Tensor, Tensor]:
+        given: dict = {"engine": "triton", "state": state, "return_state": True}
+        return manyheads.attention(2 * q, k, v, form, **given, **operands)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for n in (9, 7, 40, 1):
+        q, k, v = torch.randn(1, 2, n, 16), torch.randn(1, 1, n, 16), torch.randn(1, 1, n, 16)
+        x = build_inputs(form, q, k, v, None, None, None, None, {})
+        operands = {name: torch.rand(o.shape(x.sizes)).requires_grad_() for name, o in form.operands.items()}
+        leaves = [t.requires_grad_() for t in (q, k, v, torch.rand(state_shape(form, x)))]
+        found = []
+        for function in (attend, compiled):
+            with torch.set_grad_enabled(n > 1):  # a single token has a kernel of its own where none are wanted
+                o, end = function(*leaves, **operands)
+            loss, read = o.square().sum() + end.square().sum(), [*leaves, *operands.values()]
+            found.append([o, end, *(torch.autograd.grad(loss, read) if n > 1 else ())])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b), n
+    assert counter.frame_count == 3, counter.frame_count
+    print("done")
+
+
 def published() -> None:
     """Mechanisms by their names, through the front door, against their references, and with the state they return."""
     names = [name for name in manyheads.names() if causal(name)]
-    assert {"lightning_attention_2", "kimi_delta_attention"} <= set(names)
+    assert {"kimi_delta_attention", "deltaproduct", "gated_slot_attention", "fastmax"} <= set(names)
     for name in names:
         torch.manual_seed(0)
         form, n, at = manyheads.get(name)(), 9, 7
@@ -284,7 +377,7 @@ def causal(name: str) -> bool:
 STRONG = ["step", "channel", "delta and step", "delta and channel"]
 
 
-@pytest.mark.parametrize("what", ["strong", "halves", "narrow", "single", "published"])
+@pytest.mark.parametrize("what", ["strong", "halves", "narrow", "single", "operators", "whole", "published"])
 def test_in_the_interpreter(what):
     assert interpret(f"{what}()") == "done"
 
@@ -317,9 +410,10 @@ def test_says_what_it_cannot_do(monkeypatch):
 # Words that a kernel spills, at most, with Triton 3.6 and 3.7: addresses of states, needed again behind the loop, and
 # accumulators while others are read. Tiles half as wide, which spill less, would read the keys twice as often.
 SPILLED = {
-    "walk add 128": 20, "walk channels 128": 32, "walk delta 128": 44, "walk delta channels 128": 100,
-    "back delta 128": 16, "gradients delta 128": 120, "gradients delta channels 128": 68,
-    "inner delta channels 128": 16,
+    "walk add 128": 22, "walk delta 128": 44, "walk delta channels 128": 8, "back delta 128": 16,
+    "back segments delta 128": 64, "gradients channels 128": 8, "gradients delta 128": 128,
+    "gradients delta channels 128": 76, "inner channels 128": 36, "inner delta channels 128": 196,
+    "pairs channels 128": 8, "pairs delta channels 128": 144,
 }  # fmt: skip
 CHECKED = [*SPILLED, "walk segments add 128", "back add 128", "gradients add 128", "solve delta 128"]
 
@@ -380,7 +474,7 @@ def test_strong_decays_on_a_gpu(form):
 def test_a_token_at_a_time_on_a_gpu(form):
     form, device, n = FORMS[form](), torch.device("cuda"), 3
     q, k, v = (torch.randn(2, heads, n, 64, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
-    sizes = {"batch": 2, "heads": 4, "len": n, "head_dim": 64}
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "len": n, "head_dim": 64, "v_head_dim": 64}
     operands = {
         m: torch.rand(o.shape(sizes), device=device) * (-1 if m == "g" else 1) for m, o in form.operands.items()
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton.chunked.backward import backward
-from manyheads.engines.triton.chunked.call import Call
+from manyheads.engines.triton.chunked.call import Call, prepare
 from manyheads.engines.triton.chunked.forward import forward, step
 from manyheads.engines.triton.launch import _rows
 
@@ -42,7 +42,8 @@ class _Recur(torch.autograd.Function):
         if do is None and d_end is None:
             return (None,) * 7
         rows = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else _rows(do)
-        found = backward(Call.of(q, k, v, g, beta, ctx.scale), starts, rows, d_end, ctx.needs_input_grad[3])
+        call = Call.of(q, k, v, g, beta, ctx.scale)
+        found = backward(call, prepare(call), starts, rows, d_end, ctx.needs_input_grad[3])
         dg = None if found.g is None or g is None else found.g.to(g.dtype)
         dbeta = None if found.beta is None or beta is None else found.beta.to(beta.dtype)
         return *found[:3], dg, dbeta, None if ctx.state is None else found.state.to(ctx.state), None

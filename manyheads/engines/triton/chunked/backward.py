@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv
-from manyheads.engines.triton.chunked.call import Call, Prepared, prepare, steps_of
+from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
 from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
 from manyheads.engines.triton.chunked.kernels import back as backs
 from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
@@ -28,9 +28,11 @@ class Gradients(NamedTuple):
     state: Tensor
 
 
-def backward(call: Call, starts: Tensor | None, do: Tensor, d_end: Tensor | None, decays: bool) -> Gradients:
-    """starts: as `forward` returned them. do has its rows' numbers side by side. decays: whether g needs its own."""
-    made = prepare(call)
+def backward(
+    call: Call, made: Prepared, starts: Tensor | None, do: Tensor, d_end: Tensor | None, decays: bool
+) -> Gradients:
+    """starts: as `forward` returned them. do has its rows' numbers side by side. decays: whether g needs its own. The
+    state's is that of zeros where there is none."""
     before = call.like(call.rows, call.chunks, *call.state[2:])
     behind, d_state = torch.empty_like(before), call.new(*call.state)
     tokens = call.batch, call.heads, call.kv_len
@@ -48,8 +50,8 @@ def backward(call: Call, starts: Tensor | None, do: Tensor, d_end: Tensor | None
     dv = call.new(*tokens, call.v_head_dim, dtype=shared)
     dbeta = call.new(*tokens) if corrects else None
     dg = da = db = None
-    if call.channels:
-        dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), torch.empty_like(made.a)  # type: ignore[arg-type]
+    if made.a is not None:
+        dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), torch.empty_like(made.a)
         db = torch.empty_like(da) if corrects else None
     elif decays:
         dg = call.new(*tokens)
@@ -98,11 +100,12 @@ def back(
     """As `walk`, from the end."""
     tile = call.tile("back")
     end, totals, transition = (end, None, None) if local is None else local
-    unit, steps = _steps(call.q, call.k, do)
+    unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, do)
     segments = call.segments - (local is not None)
     arguments = (
-        call.q, call.k, do, made.g, call.beta, made.t, made.a, z, starts, end, transition, totals, states, *steps,
-        *steps_of(made.g), *steps_of(call.beta), *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
+        made.q, made.k, made.k_out, do, made.ends, call.beta, made.t, made.a, z, starts, end, transition,
+        totals, states, *steps,
+        *steps_of(call.g), *steps_of(call.beta), *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
         *constants(call, tile.columns), unit, INTERPRETED,
     )  # fmt: skip
     programs = call.rows * segments * tiles_of(call, tile.columns, transition)

@@ -110,18 +110,24 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """g: as it was, or sums of log decays [batch, heads, chunks * chunk, head_dim] of single channels. a, b, t: what
-    kernels/pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
+    """g: as it was, or sums of log decays [batch, heads, chunks * chunk, head_dim] of single channels. q, k, k_out,
+    ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. a, b, t: what
+    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
 
+    q: Tensor
+    k: Tensor | None
+    k_out: Tensor | None
+    ends: Tensor | None
     g: Tensor | None
     a: Tensor | None = None
     b: Tensor | None = None
     t: Tensor | None = None
 
 
-def prepare(call: Call) -> Prepared:
-    a = b = t = None
-    g, length = call.g, call.chunk
+def prepare(call: Call, keep: bool = True) -> Prepared:
+    """keep: for a backward pass."""
+    a = b = t = k_out = None
+    q, k, ends, g, length = call.q, call.k, call.g, call.g, call.chunk
     shape = call.rows, call.chunks, length, length
     unit, steps = _steps(call.q, call.k)
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
@@ -129,13 +135,18 @@ def prepare(call: Call) -> Prepared:
     if call.channels:
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(call.batch, call.heads, call.chunks * length, call.head_dim)
-        own = call.q, call.k, call.g, g, a, b, *steps, *steps_of(call.g)
-        launch(pairs, programs, (*own, *call.sizes, *common), num_warps=8, num_stages=1)
+        ends = call.new(*shape[:2], call.head_dim)
+        q = call.like(*call.q.shape)
+        k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
+        k = None if call.beta is None else torch.empty_like(k_out)
+        own = call.q, call.k, call.g, g, a, b, q, k, k_out, ends, *steps, *steps_of(call.g)
+        shared = *call.sizes, *common[:3], keep, *common[3:]
+        launch(pairs, programs, (*own, *shared), num_warps=4, num_stages=1)
     if call.beta is not None:
         t = call.like(*shape)
         own = call.k, call.g, call.beta, b, t, *steps[3:], *steps_of(call.g), *steps_of(call.beta)
         launch(solve, programs, (*own, call.kv_len, call.heads, call.group, *common), num_warps=4, num_stages=1)
-    return Prepared(g, a, b, t)
+    return Prepared(q, k, k_out, ends, g, a, b, t)
 
 
 def steps_of(t: Tensor | None) -> Steps:

@@ -23,7 +23,7 @@ Local = Callable[[Tensor, Tensor, Tensor | None], None]
 def forward(call: Call, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """o, the state behind the last token, and those at the beginning of each segment (None for one that is zero)."""
     o, end = _like(call.q, call.v_head_dim), call.new(*call.state)
-    made = prepare(call)
+    made = prepare(call, keep=False)
     starts = starts_of(call, state, lambda *local: walk(call, made, None, local=local))
     walk(call, made, starts, o=o, end=end)
     return o, end, starts
@@ -72,11 +72,11 @@ def walk(
     """Through every segment, for outputs or for the states before each chunk; or, for `local`, all but the last."""
     tile = call.tile("walk")
     end, totals, transition = (end, None, None) if local is None else local
-    unit, steps = _steps(call.q, call.k, call.v, call.q if o is None else o)
+    unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, call.v, made.q if o is None else o)
     segments = call.segments - (local is not None)
     arguments = (
-        call.q, call.k, call.v, made.g, call.beta, made.t, made.a, o, u, starts, end, transition, totals, states,
-        *steps[:9], *steps_of(made.g), *steps_of(call.beta), *steps[9:], *call.sizes, segments,
+        made.q, made.k, made.k_out, call.v, made.ends, call.beta, made.t, made.a, o, u, starts, end, transition,
+        totals, states, *steps[:9], *steps_of(call.g), *steps_of(call.beta), *steps[9:], *call.sizes, segments,
         cdiv(call.chunks, call.segments), call.scale, *constants(call, tile.columns), unit, INTERPRETED,
     )  # fmt: skip
     programs = call.rows * segments * tiles_of(call, tile.columns, transition)

@@ -15,27 +15,25 @@ from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
     add_dot,
     between_transposed,
-    decays_of,
+    decays,
     dot,
     end_of,
     load,
     load_state,
     store,
     store_state,
-    sums,
-    write,
 )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def back(
-    Q, K, DO, G, BETA, T, A, Z, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, do_b, do_h, do_n,
-    g_b, g_h, g_n, w_b, w_h, w_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
+    Q, K, K_OUT, DO, G, BETA, T, A, Z, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, do_b, do_h,
+    do_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
     DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
     UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """A segment of `per` chunks; segments count from the end. START: D at their ends, zero if absent. Z and STATES, D
-    behind each chunk, may be absent. END, TRANSITION and TOTALS: as in `walk`."""
+    behind each chunk, may be absent. END, TRANSITION and TOTALS, and K_OUT: as in `walk`."""
     TILES: tl.constexpr = (DV + BV - 1) // BV
     if TRANSITION is not None:
         tiles = TILES + (PD + BV - 1) // BV
@@ -50,10 +48,14 @@ def back(
     chunks = tl.cdiv(kv_len, C)
     Q += (b * q_b + h * q_h) * UNIT
     DO += (b * do_b + h * do_h) * UNIT
-    if G is not None:
-        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if CHANNELS:
+        G += wide * chunks * D
+    elif G is not None:
+        G += b * g_b + h * g_h
     if T is not None:
-        K += (b * k_b + h // group * k_h) * UNIT
+        K += (b * k_b + (h if CHANNELS else h // group) * k_h) * UNIT
+        if CHANNELS:
+            K_OUT += (b * k_b + h * k_h) * UNIT
         BETA += b * w_b + h * w_h
         T += wide * chunks * C * C
     if A is not None:
@@ -76,11 +78,15 @@ def back(
             store_state(STATES + (wide * chunks + c) * (D * DV), rows, columns, S, D, DV)
         q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, rows, C, D)
         do = load(DO, do_n * UNIT, first - ahead, kv_len - ahead, columns, C, DV)
-        sum_g = sums(G, g_n, first, kv_len, rows, C, D, CHANNELS)
-        end = end_of(sum_g, C)
-        rise = tl.math.exp2(sum_g)
         behind = S
-        S = write(S * tl.math.exp2(tl.trans(end)), q, scale * rise, do, CHANNELS, SIMULATED)
+        if CHANNELS:
+            end = tl.load(G + c * D + rows, mask=rows < D, other=0.0)[None, :]
+            S = add_dot(tl.trans((q.to(tl.float32) * scale).to(dtype)), do, S * tl.math.exp2(tl.trans(end)), SIMULATED)
+        else:
+            sum_g = decays(G, g_n, first, kv_len, C)
+            end = end_of(sum_g, C)
+            rise = tl.math.exp2(sum_g)
+            S = add_dot(tl.trans(q), (do * (scale * rise)).to(dtype), S * tl.math.exp2(tl.trans(end)), SIMULATED)
         if T is not None:
             k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
             at = first + tokens
@@ -89,16 +95,17 @@ def back(
                 inner = (dot(k, tl.trans(q), SIMULATED) * (scale * between_transposed(sum_g, C))).to(dtype)
             else:
                 inner = (tl.trans(load(A, C, first, first + C, tokens, C, C)).to(tl.float32) * scale).to(dtype)
-            fade = tl.math.exp2(end - sum_g)
             if CHANNELS:
-                du = dot((k * fade).to(dtype), behind.to(dtype), SIMULATED)
+                k_out = load(K_OUT, k_n * UNIT, first, kv_len, rows, C, D)
+                du = dot(k_out, behind.to(dtype), SIMULATED)
             else:
-                du = dot(k, behind.to(dtype), SIMULATED) * fade
+                du = dot(k, behind.to(dtype), SIMULATED) * tl.math.exp2(end - sum_g)
             du = add_dot(inner, do, du, SIMULATED)
             z = dot(tl.trans(load(T, C, first, first + C, tokens, C, C)), du.to(dtype), SIMULATED)
             if Z is not None:
                 store(Z + wide * kv_len * DV, DV, first, kv_len, columns, z, C, DV)
-            S = write(S, k, -rise, beta * z, CHANNELS, SIMULATED)
+            z *= -beta if CHANNELS else -(beta * rise)
+            S = add_dot(tl.trans(k), z.to(dtype), S, SIMULATED)
         if TOTALS is not None:
             total += end
 

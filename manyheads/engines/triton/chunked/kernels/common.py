@@ -109,21 +109,3 @@ def sums(G, step, first, length, columns, C: tl.constexpr, D: tl.constexpr, CHAN
         return load(G, D, first, first + C, columns, C, D)
     else:
         return decays(G, step, first, length, C)
-
-
-@triton.jit
-def read(x, S, G, CHANNELS: tl.constexpr, SIMULATED: tl.constexpr):
-    """(x e^G) S."""
-    if CHANNELS:
-        return dot((x * tl.math.exp2(G)).to(x.dtype), S, SIMULATED)
-    else:
-        return dot(x, S, SIMULATED) * tl.math.exp2(G)
-
-
-@triton.jit
-def write(S, x, fade, u, CHANNELS: tl.constexpr, SIMULATED: tl.constexpr):
-    """S + (x fade)^T u."""
-    if CHANNELS:
-        return add_dot(tl.trans((x * fade).to(x.dtype)), u.to(x.dtype), S, SIMULATED)
-    else:
-        return add_dot(tl.trans(x), (u * fade).to(x.dtype), S, SIMULATED)

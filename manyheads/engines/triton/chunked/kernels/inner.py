@@ -2,8 +2,8 @@
 
     dq_i += sum_j dA_ij F_ij k_j,    dk_i += sum_j dB_ij F_ij k_j,    dk_j += sum_i F_ij (dA_ij q_i + dB_ij k_i)
 
-with F_ij = e^(G_i - G_j), a number for each channel. In blocks of 16 as in `pairs`: between blocks as products of
-matrices, inside of them pair by pair. Channels do not mix, so a program has BK of them.
+with F_ij = e^(G_i - G_j), a number for each channel, and as `pairs` has it: a product of matrices where decays are
+moderate, else in blocks of 16. Channels do not mix, so a program has BK of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from manyheads.engines.triton.chunked.kernels.common import LENGTHS, add_dot, dot, load, store
-from manyheads.engines.triton.chunked.kernels.pairs import SUB
+from manyheads.engines.triton.chunked.kernels.pairs import SUB, moderate
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -28,7 +28,7 @@ def inner(
     wide = bh.to(tl.int64)
     first = c * C
     q_first, q_len = first - ahead, kv_len - ahead
-    columns, tokens, within = tile * BK + tl.arange(0, BK), tl.arange(0, C), tl.arange(0, SUB)
+    columns, tokens = tile * BK + tl.arange(0, BK), tl.arange(0, C)
     Q += (b * q_b + h * q_h) * UNIT
     K += (b * k_b + h // group * k_h) * UNIT
     chunk = wide * chunks + c
@@ -39,12 +39,51 @@ def inner(
     SUMS += chunk * C * D
     there = (columns < D)[None, :]
     sum_g = tl.load(SUMS + tokens[:, None] * D + columns[None, :], mask=there, other=0.0)
+    if DB is not None:
+        DB += chunk * C * C
+    end = tl.load(SUMS + (C - 1) * D + columns[None, :], mask=there, other=0.0)
+    if moderate(end, dtype == tl.float16):
+        left, right = tl.math.exp2(sum_g - 0.5 * end), tl.math.exp2(0.5 * end - sum_g)
+        keys, others = (k * right).to(dtype), tokens[None, :]
+        row, turned = tokens[:, None] * C + others, tokens[:, None] + others * C
+        earlier, later = tokens[:, None] > others, tokens[:, None] < others
+        plus_q = dot(tl.load(DA + row, mask=earlier, other=0.0), keys, SIMULATED) * left
+        minus = dot(tl.load(DA + turned, mask=later, other=0.0), (q * left).to(dtype), SIMULATED)
+        plus_k = tl.zeros([C, BK], tl.float32)
+        if DB is not None:
+            plus_k = dot(tl.load(DB + row, mask=earlier, other=0.0), keys, SIMULATED) * left
+            of_k = tl.load(DB + turned, mask=later, other=0.0)
+            minus = add_dot(of_k, (k * left).to(dtype), minus, SIMULATED)
+        minus *= right
+    else:
+        plus_q, plus_k, minus = _in_blocks(
+            sum_g, Q, K, SUMS, DA, DB, q_n, k_n, columns, first, kv_len, ahead, D, BK, C, UNIT, SIMULATED
+        )
+
+    if DG is not None:
+        own = tl.load(DG_PART + (chunk * C + tokens)[:, None] * D + columns[None, :], mask=there, other=0.0)
+        own += q * plus_q + k * (plus_k - minus)
+        store(DG + wide * kv_len * D, D, first, kv_len, columns, tl.cumsum(own, 0, reverse=True), C, D)
+    same = tl.load(DA + tokens * (C + 1)).to(tl.float32)[:, None]  # a token and itself: nothing decays
+    dq = load(DQ_PART + wide * q_len * D, D, q_first, q_len, columns, C, D) + plus_q + same * k
+    dk = load(DK_PART + wide * kv_len * D, D, first, kv_len, columns, C, D) + plus_k + minus + same * q
+    store(DQ + wide * q_len * D, D, q_first, q_len, columns, dq, C, D)
+    store(DK + wide * kv_len * D, D, first, kv_len, columns, dk, C, D)
+
+
+@triton.jit
+def _in_blocks(
+    sum_g, Q, K, SUMS, DA, DB, q_n, k_n, columns, first, kv_len, ahead, D: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """The three sums, in blocks of 16."""
+    q_first, q_len = first - ahead, kv_len - ahead
+    tokens, within = tl.arange(0, C), tl.arange(0, SUB)
+    there = (columns < D)[None, :]
+    dtype = K.dtype.element_ty
     plus_q = tl.zeros([C, BK], tl.float32)
     plus_k = tl.zeros([C, BK], tl.float32)
     minus = tl.zeros([C, BK], tl.float32)
-    if DB is not None:
-        DB += chunk * C * C
-
     for block in tl.static_range(C // SUB - 1):
         # From the keys of a block to what comes behind it: both count from its end.
         behind = (tokens >= (block + 1) * SUB)[:, None]
@@ -90,13 +129,4 @@ def inner(
         if DB is not None:
             plus_k += tl.load(DB + tokens * C + other, mask=number > n, other=0.0)[:, None] * k_other * fade
             minus += tl.load(DB + other * C + tokens, mask=number < n, other=0.0)[:, None] * k_other * fade
-
-    if DG is not None:
-        own = tl.load(DG_PART + (chunk * C + tokens)[:, None] * D + columns[None, :], mask=there, other=0.0)
-        own += q * plus_q + k * (plus_k - minus)
-        store(DG + wide * kv_len * D, D, first, kv_len, columns, tl.cumsum(own, 0, reverse=True), C, D)
-    same = tl.load(DA + tokens * (C + 1)).to(tl.float32)[:, None]  # a token and itself: nothing decays
-    dq = load(DQ_PART + wide * q_len * D, D, q_first, q_len, columns, C, D) + plus_q + same * k
-    dk = load(DK_PART + wide * kv_len * D, D, first, kv_len, columns, C, D) + plus_k + minus + same * q
-    store(DQ + wide * q_len * D, D, q_first, q_len, columns, dq, C, D)
-    store(DK + wide * kv_len * D, D, first, kv_len, columns, dk, C, D)
+    return plus_q, plus_k, minus

@@ -17,28 +17,28 @@ from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
     add_dot,
     between,
-    decays_of,
+    decays,
     dot,
     end_of,
     load,
     load_state,
-    read,
     store,
     store_state,
-    sums,
-    write,
 )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def walk(
-    Q, K, V, G, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
-    g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
-    DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
+    Q, K, K_OUT, V, G, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
+    v_h, v_n, g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale,
+    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
     UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """A segment of `per` chunks. The first query stands `ahead` tokens behind the first key. May be absent: START, the
     states at the beginning of segments, for zeros; O, U and STATES, the states before each chunk, where nobody asks.
+
+    Where channels decay by themselves, Q, K and K_OUT are what `pairs` made of q and k, K only if writes correct, and G
+    are its ENDS.
 
     With TOTALS, G over the whole of it, END are the states behind each segment; without, behind the last one.
     TRANSITION: what a segment that corrects makes of a state before it, [D, D].
@@ -55,10 +55,14 @@ def walk(
     wide, kv_h = bh.to(tl.int64), h // group
     rows, columns = tl.arange(0, PD), tile * BV + tl.arange(0, BV)
     chunks = tl.cdiv(kv_len, C)
-    K += (b * k_b + kv_h * k_h) * UNIT
+    if K is not None:
+        K += (b * k_b + (h if CHANNELS else kv_h) * k_h) * UNIT
     V += (b * v_b + kv_h * v_h) * UNIT
-    if G is not None:
-        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if CHANNELS:
+        K_OUT += (b * k_b + h * k_h) * UNIT
+        G += wide * chunks * D
+    elif G is not None:
+        G += b * g_b + h * g_h
     if O is not None:
         Q += (b * q_b + h * q_h) * UNIT
         O += (b * o_b + h * o_h) * UNIT
@@ -67,7 +71,7 @@ def walk(
         T += wide * chunks * C * C
     if A is not None:
         A += wide * chunks * C * C
-    dtype = K.dtype.element_ty
+    dtype = V.dtype.element_ty
 
     place = wide * segments + segment
     if START is None:
@@ -82,16 +86,22 @@ def walk(
         first = c * C
         if STATES is not None:
             store_state(STATES + (wide * chunks + c) * (D * DV), rows, columns, S, D, DV)
-        k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
+        if K is not None:
+            k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
         v = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
-        sum_g = sums(G, g_n, first, kv_len, rows, C, D, CHANNELS)
-        end = end_of(sum_g, C)
+        if CHANNELS:
+            end = tl.load(G + c * D + rows, mask=rows < D, other=0.0)[None, :]
+            rise = 1.0
+        else:
+            sum_g = decays(G, g_n, first, kv_len, C)
+            end = end_of(sum_g, C)
+            rise = tl.math.exp2(sum_g)
         u = v
         if T is not None:
             places = tl.arange(0, C)
             at = first + places
             beta = tl.load(BETA + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)[:, None]
-            missing = beta * (v - read(k, S.to(dtype), sum_g, CHANNELS, SIMULATED))
+            missing = beta * (v - dot(k, S.to(dtype), SIMULATED) * rise)
             solve = load(T, C, first, first + C, places, C, C)
             u = dot(solve, missing.to(dtype), SIMULATED).to(dtype)
         if U is not None:
@@ -102,9 +112,14 @@ def walk(
                 inner = (dot(q, tl.trans(k), SIMULATED) * between(sum_g, C)).to(dtype)
             else:
                 inner = load(A, C, first, first + C, tl.arange(0, C), C, C)
-            o = add_dot(inner, u, read(q, S.to(dtype), sum_g, CHANNELS, SIMULATED), SIMULATED) * scale
+            o = add_dot(inner, u, dot(q, S.to(dtype), SIMULATED) * rise, SIMULATED) * scale
             store(O, o_n * UNIT, first - ahead, kv_len - ahead, columns, o, C, DV)
-        S = write(S * tl.math.exp2(tl.trans(end)), k, tl.math.exp2(end - sum_g), u, CHANNELS, SIMULATED)
+        S *= tl.math.exp2(tl.trans(end))
+        if CHANNELS:
+            k_out = load(K_OUT, k_n * UNIT, first, kv_len, rows, C, D)
+            S = add_dot(tl.trans(k_out), u, S, SIMULATED)
+        else:
+            S = add_dot(tl.trans(k), (u * tl.math.exp2(end - sum_g)).to(dtype), S, SIMULATED)
         if TOTALS is not None:
             total += end
 
