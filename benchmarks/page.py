@@ -93,6 +93,10 @@ def _around(kept: list[Row]) -> list[str]:
             parts = ("choosing", "table", "transposing", "flex_block_mask")
             spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f} ms" for p in parts if p + "_ms" in row)
             lines.append(f"- {row['case'].partition(':')[0].capitalize()}, {_shape(row)}, before the kernels: {spent}.")
+        if "choose_ms" in row:
+            parts = ("pool", "choose", "by_torch", "turn", "forward", "backward")
+            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f} ms" for p in parts)
+            lines.append(f"- {row['case'].capitalize()}, {_shape(row)}, {row['kept']:.1%} kept: {spent}.")
         if "failed" in row:
             lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
     mine = [r for r in kept if r["engine"] == "ours" and "first_call_s" in r]

@@ -2,8 +2,12 @@
 
     python benchmarks/selections.py                                     all lengths, blocks and widths
     python benchmarks/selections.py --lengths 32768 --blocks 128 --peers ours flex
+    python benchmarks/selections.py --uneven --peers ours unordered all-heads
+    python benchmarks/selections.py --query-blocks 1 16 64 --blocks 512 64 --peers ours
 
 Each 128 queries look at a share of the key blocks before them, drawn at random, and causally at their own ones.
+--uneven: at 0.4, 0.8, 1.2 or 1.6 times that share, by chance; "unordered" does not begin with the longest lists, and
+"all-heads" does so among all heads, where ours keeps those of a head together. --query-blocks: so many queries instead.
 Every engine is checked first against float64: o, dq, dk and dv of the last queries of the first heads. A row is one
 engine, forward or backward, as benchmarks/attention.py has them; useful TFLOP/s count the pairs that are chosen and
 allowed. Building tables of lists is in our times and not in FlexAttention's, whose BlockMask is made before. The row
@@ -18,7 +22,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from torch import Tensor
 from manyheads.core.checks import build_inputs
 from manyheads.core.choosing import block_means, products
 from manyheads.core.forms import Blocks, Scores, Selection
+from manyheads.core.tiling import choose
 from manyheads.engines import eager
 from manyheads.engines import triton as kernels
 
@@ -48,41 +55,46 @@ SCORES = Scores(mask=causal)
 # ---- which blocks ----
 
 
-def liked(likes: Tensor, block: int, share: float) -> Blocks:
-    """The best `share` of the key blocks before a block of 128 queries, and its own. likes: float [batch, heads, query
+def liked(likes: Tensor, block: int, share: float, queries: int = QUERIES, uneven: bool = False) -> Blocks:
+    """The best `share` of the key blocks before a block of queries, and its own. likes: float [batch, heads, query
     blocks, key blocks]."""
     rows, columns = likes.shape[-2:]
-    own = QUERIES // block
-    at = torch.arange(rows, device=likes.device)
-    past = torch.arange(columns, device=likes.device) < own * at[:, None]
-    number = (share * own * at).ceil()
-    top = likes.masked_fill(~past, -torch.inf).topk(math.ceil(share * columns), dim=-1).indices
-    rank = torch.arange(top.shape[-1] + own, device=likes.device)
-    self_too = (own * at[:, None] + torch.arange(own, device=likes.device)).expand(*likes.shape[:-1], own)
-    there = (rank < own) | (rank - own < number[:, None])
-    return Blocks.from_indices(torch.cat([self_too, top], -1), there.expand(*likes.shape[:-1], -1))
+    own, before = max(1, queries // block), torch.arange(rows, device=likes.device) * queries // block
+    past = torch.arange(columns, device=likes.device) < before[:, None]
+    number = share * before.expand(likes.shape[:-1])
+    if uneven:
+        number = number * 0.4 * torch.randint(1, 5, number.shape, device=likes.device)
+    number = torch.minimum(number.ceil(), before)
+    most = min(columns, math.ceil((1.6 if uneven else 1) * share * columns))
+    top = likes.masked_fill(~past, -torch.inf).topk(most, dim=-1).indices
+    rank = torch.arange(most + own, device=likes.device)
+    self_too = (before[:, None] + torch.arange(own, device=likes.device)).expand(*likes.shape[:-1], own)
+    there = (rank < own) | (rank - own < number[..., None])
+    return Blocks.from_indices(torch.cat([self_too, top], -1), there)
 
 
-def pooled(q: Tensor, k: Tensor, block: int, share: float) -> Blocks:
+def pooled(q: Tensor, k: Tensor, block: int, share: float, queries: int = QUERIES) -> Blocks:
     """By the products of mean queries and mean keys."""
-    return liked(products(block_means(q, QUERIES), block_means(k, block)), block, share)
+    return liked(products(block_means(q, queries), block_means(k, block)), block, share, queries)
 
 
-def selection(blocks: Blocks, block: int) -> Selection:
+def selection(blocks: Blocks, block: int, queries: int = QUERIES) -> Selection:
     """For these blocks; of the last queries and first heads it chooses the same."""
 
     def select(q: Tensor, k: Tensor, *, scale: float, offset: int) -> Blocks:
-        part = slice(None), slice(q.shape[1]), slice(offset // QUERIES, None)
+        part = slice(None), slice(q.shape[1]), slice(offset // queries, None)
         return Blocks(blocks.indices[part], blocks.counts[part])
 
-    return Selection(select=select, scores=SCORES, query_block=QUERIES, key_block=block)
+    return Selection(select=select, scores=SCORES, query_block=queries, key_block=block)
 
 
-def pairs(blocks: Blocks, block: int) -> float:
+def pairs(blocks: Blocks, block: int, queries: int = QUERIES) -> float:
     """Of queries and keys, over all heads, that are chosen and allowed."""
-    rows = blocks.counts.numel()
-    own = QUERIES // block
-    return (float(blocks.counts.sum()) - rows * own) * QUERIES * block + rows * QUERIES * (QUERIES + 1) / 2
+    own, lists = max(1, queries // block), blocks.counts.numel()
+    i = torch.arange(blocks.counts.shape[-1] * queries, device=blocks.counts.device)
+    seen = i % (own * block) + 1  # of a query's own blocks, which all have
+    inside = float(seen.sum()) * lists / blocks.counts.shape[-1]
+    return (float(blocks.counts.sum()) - lists * own) * queries * block + inside
 
 
 # ---- who computes ----
@@ -102,6 +114,8 @@ def ours(form: Selection, blocks: Blocks, block: int) -> Run:
 def flex(form: Selection, blocks: Blocks, block: int) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
+    if form.query_block != QUERIES:
+        raise ValueError(f"its mask is made here of blocks of {QUERIES} queries alone")
     torch._dynamo.reset()
     mask = block_mask(blocks, block)
     return torch.compile(
@@ -126,7 +140,25 @@ def block_mask(blocks: Blocks, block: int) -> Any:
     )
 
 
-PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "flex": flex}
+def ordered(order: Any) -> Callable[[Selection, Blocks, int], Run]:
+    """Ours, with another order of programs."""
+
+    def peer(form: Selection, blocks: Blocks, block: int) -> Run:
+        from manyheads.engines.triton import hopper, launch
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            x = build_inputs(form, q, k, v, None, None, None, None, {})
+            chosen = replace(hopper.selected.chosen_of(form, x, choose(form, x)), order=order)
+            return launch.attend(form.scores, x, chosen)[0]
+
+        return run
+
+    return peer
+
+
+PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {
+    "ours": ours, "unordered": ordered(None), "all-heads": ordered("all"), "flex": flex,
+}  # fmt: skip
 
 
 # ---- rows ----
@@ -142,22 +174,24 @@ def truth(form: Selection, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[
 
 
 def bench(
-    shape: Shape, block: int, share: float, wanted: list[str], passes: list[str], seconds: float, limit: int
-) -> Iterator[dict[str, Any]]:
+    shape: Shape, queries: int, block: int, share: float, uneven: bool, wanted: list[str], passes: list[str],
+    seconds: float, limit: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
-    likes = torch.rand(shape.batch, shape.heads, shape.length // QUERIES, shape.length // block, device="cuda")
-    blocks = liked(likes, block, share)
+    likes = torch.rand(shape.batch, shape.heads, shape.length // queries, shape.length // block, device="cuda")
+    blocks = liked(likes, block, share, queries, uneven)
     del likes
 
     def leaf(heads: int) -> Tensor:
         return torch.randn(shape.batch, heads, shape.length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
 
     q, k, v = (leaf(n).requires_grad_() for n in (shape.heads, shape.kv_heads, shape.kv_heads))
-    do, form = leaf(shape.heads), selection(blocks, block)
+    do, form = leaf(shape.heads), selection(blocks, block, queries)
     last = torch.zeros_like(do)  # the part of do that `truth` knows
     last[:, : shape.heads // shape.kv_heads, -LAST:] = do[:, : shape.heads // shape.kv_heads, -LAST:]
-    true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block) * shape.head_dim
-    about = {"case": f"blocks of {block}", **shape._asdict(), "dtype": "bfloat16", "share": share}
+    true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block, queries) * shape.head_dim
+    case = f"blocks of {block}" + (f" for {queries}" if queries != QUERIES else "") + (", uneven" if uneven else "")
+    about = {"case": case, **shape._asdict(), "dtype": "bfloat16", "share": share}
     for peer in (p for p in PEERS if p in wanted):
         row = {**about, "engine": peer}
         try:
@@ -205,15 +239,18 @@ def parts(
 
     q, k, v = (t.detach() for t in given)
     x = build_inputs(form, q, k, v, None, None, None, None, {})
-    chosen = hopper.Chosen(blocks, QUERIES, block)
+    choosing = partial(hopper.selected.chosen_of, form, x, blocks)
+    chosen = choosing()
     table = partial(chosen.table_of, form.scores.program, x)
     tiling = backward.keys_tiling_of(form.scores, x, chosen)
     turned = (tiling.queries, 64 if tiling.halves else 128)
     calls: dict[str, Callable[[], Any]] = {
-        "choosing_ms": partial(pooled, q, k, block, share),
+        "choosing_ms": partial(pooled, q, k, block, share, form.query_block),
         "table_ms": partial(table, (QUERIES, forward.tiling_of(form.scores, x, chosen).keys), {}),
         "transposing_ms": partial(table, turned, {}, True),
     }
+    if chosen.bits is not None:
+        calls["marking_ms"] = choosing
     if "flex" in wanted:
         calls["flex_block_mask_ms"] = partial(block_mask, blocks, block)
     row = {**about, "case": f"{about['case']}: parts", "engine": "ours"}
@@ -234,17 +271,19 @@ def summary(rows: list[dict[str, Any]], wanted: list[str]) -> str:
     return "\n".join(lines)
 
 
-PARTS = ("choosing_ms", "table_ms", "transposing_ms", "flex_block_mask_ms")
+PARTS = ("choosing_ms", "marking_ms", "table_ms", "transposing_ms", "flex_block_mask_ms")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[32 * K, 128 * K])
-    parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], choices=(64, 128))
+    parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], help="keys in a block")
+    parser.add_argument("--query-blocks", nargs="+", type=int, default=[QUERIES], help="queries in a block")
+    parser.add_argument("--uneven", action="store_true", help="shares that differ from list to list")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
     parser.add_argument("--share", type=float, default=0.1, help="of the key blocks before a query")
     parser.add_argument("--passes", nargs="+", default=list(attention.PASSES), choices=attention.PASSES)
-    parser.add_argument("--peers", nargs="+", default=[*PEERS, "cudnn"], choices=[*PEERS, "cudnn"])
+    parser.add_argument("--peers", nargs="+", default=["ours", "flex", "cudnn"], choices=[*PEERS, "cudnn"])
     parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each row")
     parser.add_argument("--limit", type=int, default=60, help="seconds for an engine on one case, compiling included")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to append to")
@@ -257,9 +296,10 @@ def main() -> int:
     for length in given.lengths:
         for head_dim in given.head_dims:
             shape = Shape(1, 32, 8, length, head_dim)
-            for block in given.blocks:
-                print(f"[{time.perf_counter() - start:.0f} s] blocks of {block}, {shape}", flush=True)
-                for row in bench(shape, block, given.share, given.peers, given.passes, given.seconds, given.limit):
+            for queries, block in product(given.query_blocks, given.blocks):
+                print(f"[{time.perf_counter() - start:.0f} s] blocks of {queries} and {block}, {shape}", flush=True)
+                how = given.peers, given.passes, given.seconds, given.limit
+                for row in bench(shape, queries, block, given.share, given.uneven, *how):
                     add(row)
             if "cudnn" in given.peers:
                 for row in attention.bench(

@@ -173,7 +173,7 @@ def _settings_of(mechanism: str | Mechanism) -> tuple[str, ...]:
 def _named(mechanism: str | Mechanism, settings: tuple[tuple[str, Any], ...]) -> str:
     """Where in _NAMED the form is."""
     found = _mechanism(mechanism)
-    key = f"{found.name} {settings}"
+    key = f"{found.name} {settings}".encode().hex()  # torch.compile takes no name with a point, as 0.5 has
     setattr(_NAMED, key, found(**dict(settings)))
     return key
 

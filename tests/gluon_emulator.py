@@ -7,6 +7,7 @@ kernel allows: only when it waits for them. Shared memory starts as NaN. Layouts
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -249,6 +250,13 @@ def _store(at: Pointer, values: Any, mask: Any = True) -> None:
     at.values[index] = np.broadcast_to(np.asarray(values), there.shape)[there]
 
 
+def _atomic_or(at: Pointer, values: Any, mask: Any = True, sem: str = "") -> None:
+    there = np.broadcast_to(np.asarray(mask), np.shape(at.at))
+    index = np.asarray(at.at)[there]
+    assert not index.size or (index.min() >= 0 and index.max() < at.values.size), "written outside of a tensor"
+    np.bitwise_or.at(at.values, index, np.broadcast_to(np.asarray(values), there.shape)[there])
+
+
 def _where(test: Any, a: Any, b: Any) -> Any:
     narrow = [np.float32(x) if isinstance(x, float) else x for x in (a, b)]
     result = np.where(test, *narrow)
@@ -308,7 +316,8 @@ gl: Any = SimpleNamespace(
     convert_layout=lambda x, layout: x,
     where=_where, maximum=_either(np.maximum), minimum=_either(np.minimum),
     exp2=_unary(np.exp2), exp=_unary(np.exp), log2=_unary(np.log2), log=_unary(np.log), floor=_unary(np.floor),
-    sqrt=_unary(np.sqrt), abs=lambda x: Int(abs(x)) if isinstance(x, int) else Array.of(np.abs(x)),
+    erf=_unary(np.vectorize(math.erf)), sqrt=_unary(np.sqrt),
+    abs=lambda x: Int(abs(x)) if isinstance(x, int) else Array.of(np.abs(x)),
     cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
     max=lambda x, axis: Array.of(x.max(axis)), sum=lambda x, axis: Array.of(x.sum(axis)),
     div_rn=lambda a, b: Array.of(np.float32(a) / np.float32(b)),
@@ -366,6 +375,7 @@ def load_plain(name: str) -> ModuleType:
     tl = SimpleNamespace(
         **{**vars(gl), "full": lambda shape, value, dtype: Array.of(np.full(shape, value, dtype))},
         cumsum=lambda x, axis: Array.of(np.cumsum(x, axis)),
+        atomic_or=_atomic_or,
     )
     module = ModuleType(f"emulated_{name}")
     with _replaced({"triton": SimpleNamespace(jit=gluon.jit, language=tl), "triton.language": tl}):

@@ -21,6 +21,7 @@ from manyheads.core.selection import CHOSEN, as_scores
 from manyheads.engines import eager
 from manyheads.engines.triton import hopper, launch, lists
 from manyheads.engines.triton.hopper import backward, launching, tables
+from manyheads.layers.linear.mega import form_of
 
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
 DOCUMENTS = torch.arange(700) // 150
@@ -42,6 +43,7 @@ FORMS = {
     "sigmoid": Scores(
         mask=lambda b, h, i, j: j <= i, score=lambda s, b, h, i, j: torch.sigmoid(s - 3.0), normaliser="none"
     ),
+    "laplace": form_of("laplace", 150, True),
     "squared relu": Scores(score=lambda s, b, h, i, j: torch.relu(s) ** 2, normaliser="none"),
     "products": Scores(mask=lambda b, h, i, j: 0 <= i - j < WINDOW, normaliser="none"),
     "nothing": Scores(mask=lambda b, h, i, j: j > i + 10000),
@@ -50,7 +52,7 @@ FORMS = {
 
 @pytest.fixture
 def emulated(monkeypatch):
-    modules = emulator.load("common", "dropping", "attend", "rows", "slopes", "keys", "queries", "levels")
+    modules = emulator.load("common", "listed", "dropping", "attend", "rows", "slopes", "keys", "queries", "levels")
 
     def run(kernel, programs, own, source, arguments):
         found = {} if source is None else emulator.functions(source.text)

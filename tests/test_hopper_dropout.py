@@ -89,7 +89,7 @@ def test_thresholds_fit_in_32_bits(rate):
     assert threshold % 2**32 == x.dropout.threshold
 
 
-@pytest.mark.parametrize("attend", [launch.attend, op.attend], ids=["function", "operator"])
+@pytest.mark.parametrize("attend", [launch.attend, op.ATTEND], ids=["function", "operator"])
 def test_autograd(emulated, monkeypatch, attend):  # noqa: F811
     """From loss to leaves: the sink's gradient has no kernel on Hopper. The operator makes the call anew."""
     monkeypatch.setattr(hopper, "why_not", lambda form, x: None)

@@ -242,7 +242,7 @@ def test_as_an_operator(emulated, monkeypatch):
     monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
     form, x = FORMS["an alpha of each head"], inputs(70, 100)
     found = []
-    for run in (launch.attend, op.attend):
+    for run in (launch.attend, op.ATTEND):
         leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, torch.tensor([1.2, 1.5, 2.0, 1.05]))]
         q, k, v, alpha = leaves
         o, _ = run(form, x.with_(q=q, k=k, v=v, operands={"a": alpha}))

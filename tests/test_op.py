@@ -9,15 +9,22 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import manyheads
-from manyheads.core import Operand, Scores
+from manyheads.core import Operand, Scores, Selection
+from manyheads.core.attending import Operators, given, scores_of, with_captured
+from manyheads.core.checks import build_inputs
 from manyheads.core.forms import form_of
+from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import choose
+from manyheads.engines import eager, sdpa
 from manyheads.engines.triton import op
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +66,23 @@ def cases() -> dict[str, tuple[Scores, dict[str, Tensor]]]:
     }  # fmt: skip
 
 
+def selections() -> dict[str, tuple[Selection, dict[str, Tensor]]]:
+    """The score of the third one reads a captured tensor and an operand, which learn."""
+    slopes, c = torch.tensor([0.3, 0.1], requires_grad=True), torch.tensor([0.7, 1.2], requires_grad=True)
+    learns = Scores(
+        mask=causal, score=lambda s, b, h, i, j, c: s * c[h] - slopes[h] * (i - j), operands={"c": Operand("heads")}
+    )
+    moba = manyheads.get("moba")(block_size=4, top_k=2)
+    return {
+        "moba": (moba, {}),
+        "flexprefill": (manyheads.get("flexprefill")(gamma=0.6, tau=0.0, block_size=3, min_budget=3), {}),
+        "learns": (
+            Selection(select=moba.select, scores=learns, query_block=1, key_block=4, operands=learns.operands),
+            {"c": c},
+        ),
+    }  # fmt: skip
+
+
 def leaves(q_len: int = 9, kv_len: int = 12, kv_heads: int = 1) -> list[Tensor]:
     torch.manual_seed(0)
     q = torch.randn(2, q_len, 2, 16).transpose(1, 2)
@@ -71,29 +95,45 @@ def leaves(q_len: int = 9, kv_len: int = 12, kv_heads: int = 1) -> list[Tensor]:
 
 def checked() -> None:
     """torch's checks: the schema, what is foretold of shapes and strides, autograd, and all of it traced."""
-    from manyheads.core.checks import build_inputs
-
     for name, (form, operands) in cases().items():
         print(name, file=sys.stderr)
         at = [operands.pop(which, None) for which in ("q_positions", "kv_positions")]
         x = build_inputs(form, *leaves(), None, *at, None, operands)
-        given = op._given(form, x)
-        torch.library.opcheck(op._attend, given)
-        o, lse = (t.detach() for t in op._attend(*given))
-        needed = [True] * (3 + len(given[4]) + len(given[5]))
-        tests = "test_schema", "test_faketensor"  # it has no derivative of its own
-        torch.library.opcheck(op._backward, (o, lse, o, lse, needed, *given), test_utils=tests)
+        check(op.ATTEND, form, x)
+    for name, (form, operands) in selections().items():
+        print(name, file=sys.stderr)
+        check(op.ATTEND, form, build_inputs(form, *leaves(), None, None, None, None, operands))
+
+
+def check(engine: Operators, form: Scores | Selection, x: Inputs) -> None:
+    x = x.with_(operands={name: t.detach().requires_grad_() for name, t in x.operands.items()})  # leaves
+    what = given(form, x, choose(form, x) if isinstance(form, Selection) else None)
+    torch.library.opcheck(engine.forward, what)
+    o, lse = (t.detach() for t in engine.forward(*what))
+    needed = [True] * (3 + len(what[4]) + len(what[5]))
+    tests = "test_schema", "test_faketensor"  # it has no derivative of its own
+    torch.library.opcheck(engine.backward, (o, lse, o, lse, needed, *what), test_utils=tests)
 
 
 def whole() -> None:
+    one_graph("triton", cases())
+
+
+def selected() -> None:
+    one_graph("triton", selections())
+
+
+def one_graph(engine: str, forms: Mapping[str, tuple[Scores | Selection, dict[str, Tensor]]]) -> None:
     """One graph: outputs and gradients as without torch.compile, the lse's included."""
-    for name, (form, given) in cases().items():
+    for name, (form, rest) in forms.items():
         print(name, file=sys.stderr)
         inputs = leaves()
-        read = [t for t in (*form.program.tensors, *given.values()) if t.requires_grad]
+        read = [t for t in (*scores_of(form).program.tensors, *rest.values()) if t.requires_grad]
 
-        def layer(q: Tensor, k: Tensor, v: Tensor, form=form, given=given) -> tuple[Tensor, Tensor]:
-            o, lse = manyheads.attention(2 * q, k, v, form, engine="triton", return_lse=True, **given)
+        def layer(q: Tensor, k: Tensor, v: Tensor, form=form, rest=rest) -> tuple[Tensor, Tensor]:
+            if engine == "sdpa":
+                return manyheads.attention(2 * q, k, v, form, engine=engine, **rest), q.new_zeros(1)
+            o, lse = manyheads.attention(2 * q, k, v, form, engine=engine, return_lse=True, **rest)
             return o + 1, lse
 
         found = []
@@ -104,7 +144,7 @@ def whole() -> None:
             loss = weighed + torch.where(lse.isneginf(), 0.0, lse).square().sum()
             found.append([o, lse, *torch.autograd.grad(loss, [*inputs, *read])])
         for a, b in zip(*found, strict=True):
-            assert torch.equal(a, b), (a - b).abs().max()
+            assert torch.equal(a, b), (name, (a - b).abs().max())
         with torch.no_grad():
             assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs)[0], found[0][0])
 
@@ -192,7 +232,7 @@ def keys_alone() -> None:
 # ---- tests ----
 
 
-@pytest.mark.parametrize("what", ["checked", "whole", "shared", "lengths", "backward_later", "keys_alone"])
+@pytest.mark.parametrize("what", ["checked", "whole", "selected", "shared", "lengths", "backward_later", "keys_alone"])
 def test_in_the_interpreter(what):
     code = f"from tests import test_op; test_op.{what}()"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -213,7 +253,75 @@ def test_other_tensors_are_what_is_read():
     """An operator computes with the tensors that it is given, not with those of the form."""
     slopes = torch.tensor([0.3, 0.1])
     form = sloped(slopes)
-    assert op._with(form, [slopes]) is form and op._with(form, [slopes.detach()]) is form
-    other = op._with(form, [slopes + 1])
+    assert with_captured(form, [slopes]) is form and with_captured(form, [slopes.detach()]) is form
+    other = with_captured(form, [slopes + 1])
     assert other.program.tensors[0].tolist() == (slopes + 1).tolist() and form.program.tensors[0] is slopes
-    assert op._with(form, [slopes.clone()]) is not form
+    assert with_captured(form, [slopes.clone()]) is not form
+
+
+def test_what_an_operator_is_given_is_read():
+    """Not what the form captured, in either pass."""
+    select = manyheads.get("moba")(block_size=4, top_k=2).select
+
+    def chosen(slopes: Tensor) -> Selection:
+        return Selection(select=select, scores=sloped(slopes), query_block=1, key_block=4)
+
+    for make in (sloped, chosen):
+        form = make(torch.tensor([0.3, 0.1]))
+        x = build_inputs(form, *leaves(), None, None, None, None, {})
+        what = list(given(form, x, choose(form, x) if isinstance(form, Selection) else None))
+        what[4] = [other := torch.tensor([1.3, 1.1], requires_grad=True)]
+        found, true = eager.COMPILED.forward(*what)[0], eager.run(make(other), x)[0]
+        assert torch.equal(found, true) and not torch.equal(found, eager.run(form, x)[0])
+        assert torch.equal(*(torch.autograd.grad(o.square().sum(), other)[0] for o in (found, true)))
+
+
+@pytest.mark.parametrize("engine", [eager, sdpa])
+def test_engines_of_torch_are_operators(engine):
+    forms = {**cases(), **selections()}
+    if engine is sdpa:  # which takes no score function
+        forms = {name: forms[name] for name in ("window", "moba", "flexprefill")}
+    for form, operands in forms.values():
+        at = [operands.get(which) for which in ("q_positions", "kv_positions")]
+        rest = {name: value for name, value in operands.items() if name in form.operands}
+        check(engine.COMPILED, form, build_inputs(form, *leaves(), None, *at, None, rest))
+    half = [t.detach().bfloat16().requires_grad_() for t in leaves()]
+    check(engine.COMPILED, form := window(5), build_inputs(form, *half, None, None, None, None, {}))
+    one_graph(engine.__name__.split(".")[-1], forms)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    return dict(manyheads.get(name).examples[0])
+
+
+def test_a_selection_at_any_length_is_two_graphs():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        return manyheads.attention(q, k, k, "moba", block_size=4, top_k=2)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for length in (9, 12, 17, 30):
+        q, k = torch.randn(1, 2, length, 16), torch.randn(1, 1, length, 16)
+        assert torch.equal(compiled(q, k), attend(q, k))
+    assert counter.frame_count == 2, counter.frame_count
+
+
+SELECTIONS = [name for name in manyheads.names() if isinstance(manyheads.get(name)(**settings_of(name)), Selection)]
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_is_one_graph(name):
+    """By its name, with the engine that is taken without being asked for: the choice is traced."""
+    inputs, settings = leaves(40, 40), settings_of(name)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return manyheads.attention(q, k, v, name, **settings)
+
+    torch._dynamo.reset()
+    # Compiled first: what a form finds out later would not be there.
+    found = [f(*inputs) for f in (torch.compile(attend, backend="aot_eager", fullgraph=True), attend)]
+    assert torch.equal(*found)
+    assert all(map(torch.equal, *(torch.autograd.grad(o.square().sum(), inputs) for o in found)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from manyheads.core.inputs import Inputs, default_positions
 from manyheads.core.selection import CHOSEN, as_scores
 from manyheads.core.tiling import choose, position_operands
 from manyheads.engines import eager, triton
-from manyheads.engines.triton import hopper
+from manyheads.engines.triton import hopper, launch, op
 from manyheads.engines.triton.hopper import backward, forward, selected, tables
 
 emulated = test_hopper.emulated
@@ -48,6 +50,9 @@ def listed(emulated, monkeypatch):
 
 def use_emulated_lists(monkeypatch):
     monkeypatch.setattr(selected.listing, "listing", emulator.Kernel(emulator.load_plain("listing").listing))
+    uniting = emulator.load_plain("uniting")
+    for name in ("mark", "uniting"):
+        monkeypatch.setattr(selected.uniting, name, emulator.Kernel(getattr(uniting, name)))
 
 
 def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empty=False):
@@ -68,7 +73,7 @@ def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empt
 
 
 def chosen_of(form, x):
-    return selected.Chosen(choose(form, x), form.query_block, form.key_block)
+    return selected.chosen_of(form, x, choose(form, x))
 
 
 def check(form, x):
@@ -125,6 +130,56 @@ def test_lengths(listed, lengths, key_block):
 def test_blocks_of_several_tiles(listed, query_block, key_block):
     x = inputs(500, 756, heads=2, kv_heads=1)
     check(selection(SCORES["causal"], x, query_block, key_block, share=0.4), x)
+
+
+SMALL = [(1, 128), (4, 192), (16, 64), (32, 32), (64, 16), (64, 256), (96, 128), (128, 32), (256, 16)]
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), SMALL)
+def test_blocks_that_are_no_tiles(listed, query_block, key_block):
+    """Queries begin inside of a block of 256, and neither side ends with one."""
+    x = inputs(300, 492, heads=4, kv_heads=2, batch=2)
+    for name in ("causal", "full"):
+        form = selection(SCORES[name], x, query_block, key_block, share=0.2)
+        assert chosen_of(form, x).bits is not None
+        check(form, x)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 33), (129, 129), (65, 321), (130, 258)])
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (16, 32), (64, 128)])
+def test_lengths_of_small_blocks(listed, query_block, key_block, lengths):
+    x = inputs(*lengths, heads=2, kv_heads=1)
+    check(selection(SCORES["causal"], x, query_block, key_block, share=0.3, empty=lengths[0] > 100), x)
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 128), (32, 32)])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_sizes_of_small_blocks(listed, dim, query_block, key_block):
+    x = inputs(200, 328, heads=2, kv_heads=1, dim=dim)
+    check(selection(SCORES["causal"], x, query_block, key_block, share=0.3), x)
+    check(selection(SCORES["soft-cap"], x, query_block, key_block, share=0.3), x)
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (16, 128)])
+def test_tiles_of_short_lists(listed, query_block, key_block):
+    """A tile unites more blocks than any of its lists has."""
+    x = inputs(256, 512, heads=2, kv_heads=1)
+    rows = torch.arange(256 // query_block)
+    blocks = Blocks.from_indices((rows * 3 % (512 // key_block)).view(1, 1, -1, 1).expand(1, 2, -1, 1))
+    form = Selection(
+        select=lambda q, k, *, scale, offset: blocks, scores=SCORES["full"], query_block=query_block,
+        key_block=key_block,
+    )  # fmt: skip
+    check(form, x)
+
+
+def test_whole_tiles_from_an_odd_place_on(listed):
+    """Blocks are multiples of tiles, and the first query stands inside of one."""
+    x = inputs(300, 364, heads=2, kv_heads=1)
+    for query_block in (128, 256):
+        form = selection(SCORES["causal"], x, query_block, 128)
+        assert chosen_of(form, x).bits is not None
+        check(form, x)
 
 
 @pytest.mark.parametrize("key_block", [64, 128])
@@ -212,14 +267,14 @@ def test_gradients_from_loss_to_leaves(engine):
 
 
 def test_what_lists_do_not_take_reads_a_map(engine):
-    """Small blocks, queries from an odd place on, and a score that learns."""
+    """Blocks of 40 keys, queries from an odd place on, and a score that learns."""
     slope = torch.tensor(0.1, requires_grad=True)
     learns = Scores(mask=SCORES["causal"].mask, score=lambda s, b, h, i, j: s - slope * (i - j))
-    x = inputs(200, 300)
+    x, sixteen = inputs(200, 300), inputs(200, 312)
     whole = inputs(300, 300)
     for form, y in (
-        (selection(SCORES["causal"], whole, key_block=40), whole), (selection(SCORES["causal"], whole, 64), whole),
-        (selection(SCORES["causal"], x), x), (selection(learns, whole), whole),
+        (selection(SCORES["causal"], whole, key_block=40), whole), (selection(SCORES["causal"], x), x),
+        (selection(SCORES["causal"], sixteen), sixteen), (selection(learns, whole), whole),
     ):  # fmt: skip
         engine.clear()
         assert hopper.why_no_lists(form, y) is not None
@@ -228,6 +283,36 @@ def test_what_lists_do_not_take_reads_a_map(engine):
         torch.testing.assert_close(o, eager.run(form, y)[0], atol=2e-2, rtol=2e-2)
     with torch.no_grad():
         assert hopper.why_no_lists(selection(learns, whole), whole) is None
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(128, 64), (16, 128)])
+def test_operators_take_lists(engine, query_block, key_block):
+    """What torch.compile sees: the same bits as without it, and the backward pass over lists too."""
+    x = inputs(300, 300)
+    form = selection(SCORES["causal"], x, query_block, key_block)
+    leaves, found = [getattr(x, name).requires_grad_() for name in "qkv"], []
+    for run in (triton.run, op.ATTEND):
+        o, lse = run(form, x)
+        found.append([o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), leaves)])
+    assert all(map(torch.equal, *found))
+    assert len(engine) == 2 and all(chosen is not None for _, chosen in engine)
+
+
+def test_operators_of_scores_that_learn(engine, monkeypatch):
+    """The forward pass of an operator takes lists, as nobody asks for gradients there; its backward pass a map."""
+    x = inputs(300, 300)
+    slope = torch.tensor(0.05, requires_grad=True)
+    learns = Scores(mask=SCORES["causal"].mask, score=lambda s, b, h, i, j: s - slope * (i - j))
+    form, seen = selection(learns, x), []
+
+    def backward(scores, x, o, lse, do, dlse, call, own, needed, heads_needed, sources, chosen):
+        seen.append((CHOSEN in x.operands, sources, chosen, scores.program.tensors[0] is call.program.tensors[0]))
+        return (None, None, None), None, {source: torch.ones(()) for source in sources}
+
+    monkeypatch.setattr(launch, "run_backward", backward)
+    o, _ = op.ATTEND(form, x)
+    assert torch.autograd.grad(o.sum(), slope)[0] == 1
+    assert engine[0][1] is not None and seen == [(True, [0], None, True)]
 
 
 # ---- lists ----
@@ -251,12 +336,13 @@ def rows_of(table, batch, heads, rows):
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.tuples(st.integers(1, 700), st.integers(0, 6)), batch=st.integers(1, 2), heads=st.integers(1, 3),
-    blocks=st.tuples(st.sampled_from([128, 256]), st.sampled_from([64, 128, 192, 256])),
+    blocks=st.tuples(st.sampled_from([1, 16, 64, 96, 128, 256]), st.sampled_from([16, 32, 64, 128, 192, 256])),
     name=st.sampled_from(list(SCORES)), share=st.sampled_from([0.0, 0.2, 0.6, 1.0]), seed=st.integers(0, 99),
     turned=st.booleans(), empty=st.booleans(), narrow=st.booleans(), slots=st.sampled_from([2, 16]),
 )  # fmt: skip
 def test_lists_against_brute_force(lengths, batch, heads, blocks, name, share, seed, turned, empty, narrow, slots):
-    """All that is chosen and allowed is listed, nothing else is, in ascending order, and tiles called full are."""
+    """All that is chosen and allowed is listed, nothing else is, in ascending order, and tiles called full are. Where
+    blocks are smaller than tiles, a tile may have chosen pairs and allowed pairs, and none that is both."""
     (q_len, before), (query_block, key_block) = lengths, blocks
     kv_len = q_len + 128 * before
     x = inputs(q_len, kv_len, heads=heads, kv_heads=1, batch=batch, dim=8)
@@ -265,47 +351,135 @@ def test_lists_against_brute_force(lengths, batch, heads, blocks, name, share, s
     with pytest.MonkeyPatch.context() as patch:
         use_emulated_lists(patch)
         patch.setattr(selected, "SLOTS", slots)
-        found = chosen_of(form, x).table_of(form.scores.program, x, tile, {}, turned)
+        chosen = chosen_of(form, x)
+        found = chosen.table_of(form.scores.program, x, tile, {}, turned)
 
     i, j = torch.arange(kv_len - q_len, kv_len), torch.arange(kv_len)
     keep = choose(form, x).to_map(-(-kv_len // key_block))
     allowed = keep[:, :, i // query_block - int(i[0]) // query_block][..., j // key_block]
+    either = [allowed, torch.ones_like(allowed)]
     if form.scores.program.has_mask:
         b, h = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(-1, 1, 1)
-        allowed = allowed & form.scores.program.mask(b, h, i[:, None], j)
+        either[1] = form.scores.program.mask(b, h, i[:, None], j).expand_as(allowed)
+        allowed = allowed & either[1]
+    if chosen.bits is None:
+        either = [allowed, allowed]
     step, across = tile[::-1] if turned else tile
-    allowed = allowed.mT if turned else allowed
+    allowed, *either = (m.mT if turned else m for m in (allowed, *either))
     rows = -(-allowed.shape[2] // step)
     tall = -(-allowed.shape[2] // 128) * (128 // step) if turned else rows  # of halves there are always two
     for (b, h, r), entries in rows_of(found, batch, heads, tall).items():
         line = allowed[b, h, r * step : (r + 1) * step]
         tiles = range(-(-allowed.shape[3] // across))
         parts = [line[:, t * across : (t + 1) * across] for t in tiles]
-        assert [t for t, _ in entries] == [t for t in tiles if parts[t].any()], (b, h, r)
+        some = [
+            [m[b, h, r * step : (r + 1) * step, t * across : (t + 1) * across].any() for m in either] for t in tiles
+        ]
+        assert [t for t, _ in entries] == [t for t in tiles if all(some[t])], (b, h, r)
         for t, part in entries:
             whole = parts[t].all() and parts[t].shape == (min(step, parts[t].shape[0]), across)
             assert part != whole, "the masks here have exact tiles"
 
 
-def test_the_transposed_places_are_in_order():
-    keep = torch.rand(2, 3, 20, 15) < 0.3
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (32, 16), (64, 128)])
+def test_one_block_alone(listed, query_block, key_block, turned):
+    """A single pair of blocks has its tiles listed, in part; a single one that is missing makes its tiles partial."""
+    x = inputs(256, 256, heads=1, kv_heads=1, dim=8)
+    tile = (64, 64) if turned else (128, 64)
+    for row in {at // query_block for at in (0, 31, 32, 63, 64, 127, 128, 159, 255)}:
+        for column in (0, 128 // key_block, 255 // key_block):
+            keep = torch.zeros(1, 1, 256 // query_block, 256 // key_block, dtype=torch.bool)
+            keep[..., row, column] = True
+            own = {
+                (i // tile[0], j // tile[1])
+                for i in range(row * query_block, (row + 1) * query_block)
+                for j in range(column * key_block, (column + 1) * key_block)
+            }
+            filled = {t for t in own if query_block >= tile[0] and key_block >= tile[1]}
+            for blocks, tiles, partly in (
+                (Blocks.from_map(keep), own, own - filled),
+                (Blocks.from_map(~keep), set(product(range(256 // tile[0]), range(4))) - filled, own - filled),
+            ):
+                form = Selection(
+                    select=lambda q, k, *, scale, offset, blocks=blocks: blocks, scores=SCORES["full"],
+                    query_block=query_block, key_block=key_block,
+                )  # fmt: skip
+                table = chosen_of(form, x).table_of(SCORES["full"].program, x, tile, {}, turned)
+                lines = rows_of(table, 1, 1, table.values.shape[2])
+                entries = {(t, r) if turned else (r, t): part for (_, _, r), line in lines.items() for t, part in line}
+                assert entries == {t: t in partly for t in tiles}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("query_block", "key_block"), [(128, 128), (128, 64), (16, 128)])
+def test_the_longest_lists_come_first(listed, query_block, key_block, turned):
+    """Each program once; of each head, or of all, the heaviest first. Keys work for all heads that share them."""
+    x = inputs(900, 900, heads=4, kv_heads=2, batch=2)
+    chosen = chosen_of(selection(SCORES["full"], x, query_block, key_block, share=0.1), x)
+    tile = (128, 64 if chosen.halves else 128)
+    found = chosen.table_of(SCORES["full"].program, x, tile, {}, turned)
+    rows = 8 * (128 // tile[1]) if turned else 8
+    numbers = rows_of(found, 2, 4, rows)
+    heads = [(b, h) for b in range(2) for h in range(2 if turned else 4)]
+
+    def work(program):  # as kernels take it to a head and a row
+        (b, h), place = heads[program // 8], program % 8
+        if not turned:
+            return len(numbers[b, h, 7 - place])
+        own = range(place * (rows // 8), (place + 1) * (rows // 8))
+        return sum(len(numbers[b, 2 * h + member, row]) for member in range(2) for row in own)
+
+    order = found.order.tolist()
+    assert found.order.dtype == torch.int32 and sorted(order) == list(range(8 * len(heads)))
+    for n, programs in enumerate(found.order.view(-1, 8).tolist()):
+        assert {p // 8 for p in programs} == {n}
+        assert programs == sorted(programs, key=lambda p: (-work(p), p))
+    among_all = replace(chosen, order="all").table_of(SCORES["full"].program, x, tile, {}, turned).order.tolist()
+    assert among_all == sorted(order, key=lambda p: (-work(p), p)) != order
+
+
+def test_kernels_take_the_order(listed, monkeypatch):
+    """If all programs are the fourth one, nothing but what it makes is written."""
+    x = inputs(300, 300, heads=2, kv_heads=2)
+    form = selection(SCORES["causal"], x)
+    o, lse = hopper.run(form.scores, x, chosen_of(form, x))
+    nan = lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)  # noqa: E731
+    monkeypatch.setattr(selected.quick, "empty", nan)
+    monkeypatch.setattr(selected, "heaviest_first", lambda work, _: torch.full((6,), 3, dtype=torch.int32))
+    made = (
+        hopper.run(form.scores, x, chosen_of(form, x))[0],
+        *hopper.gradients(form.scores, x, o, lse, o, None, chosen=chosen_of(form, x)),
+    )
+    for t, rows in zip(made, (slice(256, 300), slice(256, 300), slice(128), slice(128)), strict=True):
+        written = torch.zeros(1, 2, 300, dtype=torch.bool)
+        written[:, 1, rows] = True
+        assert t is not None and t.isfinite().all(-1).equal(written)
+
+
+def test_even_lists_need_no_order(listed):
+    x = inputs(400, 400)
+    for chosen, expected in (
+        (replace(chosen_of(selection(SCORES["full"], x), x), even=True), (False, True)),
+        (replace(chosen_of(selection(SCORES["full"], x), x), order=None), (False, False)),
+    ):
+        made = [chosen.table_of(SCORES["full"].program, x, (128, 128), {}, turned) for turned in (False, True)]
+        assert tuple(table.order is not None for table in made) == expected
+    form = selection(SCORES["full"], x)
+    assert chosen_of(replace(form, even=True), x).even
+    assert not chosen_of(replace(form, even=True, query_block=32), x).even, "what a tile unites is not"
+
+
+def test_bits_say_what_is_listed(listed):
+    """Of lists with anything behind what they mean, 1500 query blocks, and a first query inside of a block."""
+    x = inputs(6000, 6016, heads=2, dim=8)
+    keep = torch.rand(1, 2, 1504, 47) < 0.2
     blocks = Blocks.from_map(keep)
-    places, begins = selected.transposed(blocks, 15)
-    for head in range(6):
-        for key in range(15):
-            first, last = begins[head * 15 + key], begins[head * 15 + key + 1]
-            own = places[first:last]
-            assert (own // (20 * 15) == head).all() and (blocks.indices.flatten()[own] == key).all()
-            assert (own // 15 % 20).tolist() == keep.flatten(0, 1)[head, :, key].nonzero().flatten().tolist()
-    assert begins[-1] == keep.sum()
-
-
-def test_many_lists_need_wider_numbers():
-    """Beyond what 16 bits can count."""
-    keep = torch.rand(3, 8, 30, 1500) < 0.01
-    places, begins = selected.transposed(Blocks.from_map(keep), 1500)
-    assert begins.diff().view(3, 8, 1500).equal(keep.sum(2).int())
-    assert places.numel() == keep.numel()
+    blocks.indices.masked_fill_(torch.arange(47) >= blocks.counts[..., None], 10**6)
+    bits = selected.marked(blocks, x, 4, 128)
+    assert bits.shape == (1, 2, 47, 47)
+    found = (bits[:, :, :, None] >> torch.arange(32)[:, None]) & 1
+    assert found.flatten(2, 3)[:, :, :1504].bool().equal(keep)
 
 
 def test_states_are_kept(monkeypatch):
@@ -318,7 +492,7 @@ def test_states_are_kept(monkeypatch):
     assert selected.states_of(SCORES["full"].program, x, (128, 128), {}, False) is None
 
 
-@pytest.mark.parametrize("key_block", [40, 64, 128])
+@pytest.mark.parametrize("key_block", [32, 40, 64, 128])
 @pytest.mark.parametrize("made", ["from a map", "from indices"])
 def test_nothing_is_waited_for(monkeypatch, key_block, made):
     """A meta tensor has no values: whoever asked for one would hear of it."""
@@ -356,6 +530,23 @@ def test_tilings_fit_blocks():
 
 
 # ---- the benchmark ----
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize(("queries", "block"), [(1, 256), (16, 64), (64, 32), (128, 64), (128, 128), (256, 32)])
+def test_the_benchmark_counts_pairs(monkeypatch, queries, block, uneven):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    import selections
+
+    n, i = 1280, torch.arange(1280)
+    blocks = selections.liked(torch.rand(1, 4, n // queries, n // block), block, 0.25, queries, uneven)
+    keep = blocks.to_map(n // block)
+    allowed = keep[:, :, i // queries][..., i // block] & (i <= i[:, None])
+    assert selections.pairs(blocks, block, queries) == allowed.sum()
+    own = max(1, queries // block)
+    before = torch.arange(n // queries) * queries // block
+    assert (blocks.counts - own <= before).all() and keep.sum(-1).equal(blocks.counts)
+    assert (blocks.counts != blocks.counts[:, :1]).any() == uneven, "the same in all heads"
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -410,10 +601,19 @@ def test_lengths_on_a_gpu(dim, key_block, lengths):
 
 
 @on_hopper
-@pytest.mark.parametrize("key_block", [64, 128])
-def test_the_same_bits_every_run_on_a_gpu(key_block):
+@pytest.mark.parametrize(("query_block", "key_block"), SMALL)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_small_blocks_on_a_gpu(dim, query_block, key_block):
+    x = on_gpu(1300, 2548, heads=8, batch=2, dim=dim)  # from 1248 on, a multiple of 32 in all of these blocks
+    for name in ("causal", "window", "soft-cap", "full"):
+        check(selection(SCORES[name], x, query_block, key_block, share=0.1, empty=True), x)
+
+
+@on_hopper
+@pytest.mark.parametrize(("query_block", "key_block"), [(128, 64), (128, 128), (1, 512), (32, 32)])
+def test_the_same_bits_every_run_on_a_gpu(query_block, key_block):
     x = on_gpu(16384, 16384, heads=8, kv_heads=2, dim=128)
-    form = selection(SCORES["causal"], x, key_block=key_block, share=0.1)
+    form = selection(SCORES["causal"], x, query_block, key_block, share=0.1)
     o, lse = hopper.run(form.scores, x, chosen_of(form, x))
     do = torch.randn_like(o)
     run = partial(hopper.gradients, form.scores, x, o, lse, do, None)
@@ -425,7 +625,7 @@ def test_the_same_bits_every_run_on_a_gpu(key_block):
 
 @on_hopper
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it says of itself that it does not see all
-@pytest.mark.parametrize("key_block", [40, 64, 128])
+@pytest.mark.parametrize("key_block", [32, 40, 64, 128])
 def test_a_call_on_a_gpu_does_not_wait_for_it(key_block):
     x = on_gpu(1024, 1024, heads=4, dim=128)
     form = selection(SCORES["causal"], x, key_block=key_block)

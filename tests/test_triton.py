@@ -21,6 +21,7 @@ import manyheads
 from manyheads.core import Form, Operand, Scores
 from manyheads.core.checks import build_inputs
 from manyheads.engines import eager, triton
+from manyheads.layers.linear.mega import form_of
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("o", "lse", "dq", "dk", "dv")
@@ -121,6 +122,7 @@ class Case:
             "roots": lambda: roots(device=device, dtype=dtype, **self.settings),
             "sigmoid": lambda: sigmoid(self.heads[0], device, dtype),
             "linear": lambda: Scores(mask=alibi, normaliser="none"),
+            "laplace": lambda: form_of("laplace", **self.settings),
             "sinking": lambda: sinking(**self.settings),
         }
         return own[self.mechanism]() if self.mechanism in own else manyheads.get(self.mechanism)(**self.settings)
@@ -160,6 +162,8 @@ SMALL = {
         Case("sigmoid", heads=(4, 2), q_len=70, kv_len=100, v_head_dim=24),
         Case("sigmoid", batch=2, absent=(3, 30)),
         Case("linear", scale=-0.1),
+        Case("laplace", {"chunk": 20, "causal": True}, v_head_dim=24),
+        Case("laplace", {"chunk": None, "causal": False}, batch=2, absent=(3, 30)),
         Case("sinking", {"window": 30}, 100, 100, heads=(4, 2)),
         Case("sinking", {"window": 30}, batch=2, absent=(3, 30)),
         Case("sinking", {"window": 0}, 20, 20),

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from manyheads.core.forms import Blocks, Operand, Scores, Selection
+from manyheads.core.forms import Blocks, Form, Operand, Scores, Selection
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import choose
 
@@ -21,6 +21,12 @@ def why_no_scores(form: Selection) -> str | None:
     if form.scores.program.mask_reads_operands:
         return "a selection whose own mask reads operands"
     return None
+
+
+def fixed(form: Form, blocks: Blocks) -> Selection:
+    """The selection that chooses these blocks."""
+    assert isinstance(form, Selection), "others choose none"
+    return replace(form, select=lambda q, k, *, scale, offset: blocks)
 
 
 def as_scores(form: Selection, x: Inputs, blocks: Blocks | None = None) -> tuple[Scores, Inputs]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from manyheads.core.eagerly import eagerly
 from manyheads.core.forms import Form, Scores, Selection
 from manyheads.core.inputs import Inputs
 from manyheads.core.tiling import Chunk, chunks, plain
@@ -46,6 +47,10 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     assert isinstance(form, Scores | Selection), "why_not said so"
     if isinstance(form, Scores) and plain(form, x):
         return _grouped(x, is_causal=form.program.has_mask), None
+    return (COMPILED if torch.compiler.is_compiling() else _in_chunks)(form, x)[0], None
+
+
+def _in_chunks(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     again = x.wants_grad
     for chunk in chunks(form, x):
@@ -53,6 +58,9 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     if again and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
         o = x.nothing()
     return o, None
+
+
+COMPILED = eagerly("sdpa", _in_chunks, has_lse=False)
 
 
 def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, None]] | None:

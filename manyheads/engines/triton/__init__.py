@@ -11,18 +11,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyheads.core.forms import Form, Recurrence, Scores, Selection
 from manyheads.core.inputs import Inputs
-from manyheads.core.selection import as_scores, why_no_scores
+from manyheads.core.selection import why_no_scores
 from manyheads.core.tiling import choose, plain
-from manyheads.engines.triton import chunked, op
+from manyheads.engines.triton import choosing, chunked, op
 
 HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
+    choosing.register()
 NORMALISERS = ("softmax", "signed", "none")  # of the kernels for any GPU
 LARGEST_HEAD_DIM = 256
 FEW_QUERIES, MANY_KEYS = 16, 8192
@@ -103,15 +104,9 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     nothing."""
     if isinstance(form, Recurrence):
         return chunked.run(form, x)
-    if isinstance(form, Selection):
-        chosen: Any = torch._dynamo.disable(_selected) if torch.compiler.is_compiling() else _selected
-        return chosen(form, x)
-    assert isinstance(form, Scores), "why_not said so"
-    if torch.compiler.is_compiling():
-        return op.attend(form, x)
-    from manyheads.engines.triton import launch
-
-    return launch.attend(form, x)
+    assert isinstance(form, Scores | Selection), "why_not said so"
+    blocks = choose(form, x) if isinstance(form, Selection) else None
+    return (op.ATTEND if torch.compiler.is_compiling() else op.attend)(form, x, blocks)
 
 
 def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...] | None] | None:
@@ -122,15 +117,6 @@ def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor 
     from manyheads.engines.triton import hopper
 
     return hopper.again(form, x)
-
-
-def _selected(form: Selection, x: Inputs) -> tuple[Tensor, Tensor]:
-    from manyheads.engines.triton import hopper, launch
-
-    blocks = choose(form, x)
-    if hopper.why_no_lists(form, x) is None:
-        return launch.attend(form.scores, x, hopper.Chosen(blocks, form.query_block, form.key_block))
-    return launch.attend(*as_scores(form, x, blocks))
 
 
 def _interprets() -> bool:

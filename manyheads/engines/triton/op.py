@@ -1,107 +1,69 @@
-"""The kernels as operators of torch's, for torch.compile: attend, and its backward pass.
-
-An operator takes tensors and numbers. The form goes as its number, under which it is found again when the operator
-runs; what its functions captured and its operands go along as tensors, so that torch sees what is read. In a compiled
-graph is nothing of the form but how many tensors it has: another mask is another number, and compiles nothing.
-
-Without torch.compile the kernels are called directly, which takes less time.
-"""
+"""The kernels as operators of torch's, for torch.compile: attend, and its backward pass."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from manyheads.core.dropout import Dropout
-from manyheads.core.forms import Scores, form_of
+from manyheads.core.attending import Scored, operators, with_captured
+from manyheads.core.forms import Blocks, Scores, Selection
 from manyheads.core.inputs import Inputs, as_rows
+from manyheads.core.selection import as_scores
 
-REST = """
-    SymInt form, Tensor[] captured, Tensor[] operands, Tensor? q_positions, Tensor? kv_positions, Tensor? seed,
-    SymInt q_start, SymInt kv_start, float scale, float dropout
-"""  # a call without q, k and v: positions are tensors, or begin at a number; no seed is no dropout
-
-
-def attend(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
-    """(o, lse), differentiable."""
-    return _attend(*_given(form, x))
+if TYPE_CHECKING:
+    from manyheads.engines.triton.hopper import Chosen
 
 
-def _given(form: Scores, x: Inputs) -> tuple[Any, ...]:
-    """What the operator takes."""
-    q_at, kv_at = x.q_positions, x.kv_positions
-    return (
-        x.q, x.k, x.v, form.handle.shape[0], list(form.program.tensors), [x.operands[name] for name in form.operands],
-        q_at if isinstance(q_at, Tensor) else None, kv_at if isinstance(kv_at, Tensor) else None,
-        None if x.dropout is None else x.dropout.seed,
-        0 if isinstance(q_at, Tensor) else q_at.start, 0 if isinstance(kv_at, Tensor) else kv_at.start, x.scale,
-        0.0 if x.dropout is None else x.dropout.rate,
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "manyheads::attend", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {REST}) -> (Tensor, Tensor)"
-)
-def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def attend(form: Scored, x: Inputs, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
+    """(o, lse). blocks: what a selection chose."""
     from manyheads.engines.triton import launch
 
-    o, lse = launch.attend(*_call(q, k, v, *rest))
-    like, _ = _attended(q, k, v)
-    return _laid_out(o, like), lse.contiguous()
+    return launch.attend(*as_launched(form, x, blocks))
 
 
-@_attend.register_fake
-def _attended(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def as_launched(
+    form: Scored, x: Inputs, blocks: Blocks | None, by_map: bool = False
+) -> tuple[Scores, Inputs, Chosen | None]:
+    """What kernels take: a selection's blocks as lists, or, if that is not possible or `by_map`, as a map."""
+    from manyheads.engines.triton import hopper
+
+    if isinstance(form, Scores):
+        return form, x, None
+    assert blocks is not None, "a selection chooses first"
+    if not by_map and hopper.why_no_lists(form, x) is None:
+        return form.scores, x, hopper.selected.chosen_of(form, x, blocks)
+    scores, x = as_scores(form, x, blocks)
+    return with_captured(scores, [*form.scores.program.tensors]), x, None  # type: ignore[return-value]  it stays Scores
 
 
-@torch.library.custom_op(
-    "manyheads::attend_backward",
-    mutates_args=(),
-    schema=f"""(
-        Tensor o, Tensor lse, Tensor do, Tensor? dlse, bool[] needed, Tensor q, Tensor k, Tensor v, {REST}
-    ) -> Tensor[]""",
-)
-def _backward(
-    o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needed: list[bool], q: Tensor, k: Tensor, v: Tensor,
-    *rest: Any,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of q, k, v, the captured tensors and the operands, in this order; empty where not needed."""
-    form, x = _call(q, k, v, *rest)
-    found = _gradients(form, x, o, lse, do, dlse, needed)
-    empty = _differentiated(o, lse, do, dlse, needed, q, k, v, *rest)
-    return [
-        like if not wanted else like.zero_() if own is None else _laid_out(own, like)
-        for own, like, wanted in zip(found, empty, needed, strict=True)
-    ]
-
-
-def _gradients(
-    form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needed: list[bool]
-) -> list[Tensor | None]:
-    """Of the same; None where it is not needed, or zero."""
+def backward(
+    form: Scored, x: Inputs, blocks: Blocks | None, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of q, k, v, the captured tensors and the operands; None where they are not needed, or zero."""
     from manyheads.engines.triton import launch
 
     x = x.with_(q=launch._rows(x.q), k=launch._rows(x.k), v=launch._rows(x.v))
-    call, own = launch.call_of(form, x), launch.hopper.why_not(form, x) is None
-    names = [*range(len(form.program.tensors)), *form.operands]
+    inner = form.scores if isinstance(form, Selection) else form
+    names: list[int | str] = [*range(len(inner.program.tensors)), *form.operands]
     wanted = [name for name, need in zip(names, needed[3:], strict=True) if need]
-    read = {gradient.source for gradient in form.program.derivative().gradients} if wanted else set()
+    read = {gradient.source for gradient in inner.program.derivative().gradients} if wanted else set()
     sources = [name for name in wanted if name in read]
-    heads = launch.of_heads(form)
+    scores, x, chosen = as_launched(form, x, blocks, by_map=bool(sources))
+    heads = launch.of_heads(scores)
     products, dheads, found = launch.run_backward(
-        form, x, o, lse, do, dlse, call, own, (needed[0], needed[1], needed[2]), heads in wanted, sources
-    )
+        scores, x, o, lse, do, dlse, launch.call_of(scores, x), launch.hopper.why_not(scores, x) is None,
+        (needed[0], needed[1], needed[2]), heads in wanted, sources, chosen,
+    )  # fmt: skip
     found = {name: grad if isinstance(name, int) else _stored(grad, name, form, x) for name, grad in found.items()}
     if heads is not None and dheads is not None:
         found[heads] = dheads.to(x.operands[heads].dtype)
     return [*products, *map(found.get, names)]
 
 
-def _stored(grad: Tensor, name: str, form: Scores, x: Inputs) -> Tensor:
+def _stored(grad: Tensor, name: str, form: Scored, x: Inputs) -> Tensor:
     """From where tokens stand to where they are stored: what position_operands did, turned round."""
     value, names = x.operands[name], form.operands[name].names
     if "len" not in names or (not isinstance(x.kv_positions, Tensor) and x.kv_positions.start == 0):
@@ -113,77 +75,4 @@ def _stored(grad: Tensor, name: str, form: Scores, x: Inputs) -> Tensor:
     return torch.where(at < 0, 0.0, grad.gather(dim, at.clamp(min=0)))
 
 
-@_backward.register_fake
-def _differentiated(
-    o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needed: list[bool], q: Tensor, k: Tensor, v: Tensor,
-    form: int, captured: list[Tensor], operands: list[Tensor], *_: Any,
-) -> list[Tensor]:  # fmt: skip
-    leaves = q, k, v, *captured, *operands
-    return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip(leaves, needed, strict=True)]
-
-
-# ---- autograd ----
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, form, captured, operands, q_positions, kv_positions, seed, *numbers = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, q, k, v, q_positions, kv_positions, seed, *captured, *operands)
-    ctx.form, ctx.numbers, ctx.captured = form, numbers, len(captured)
-
-
-def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    o, lse, q, k, v, q_positions, kv_positions, seed, *rest = ctx.saved_tensors
-    captured, operands = rest[: ctx.captured], rest[ctx.captured :]
-    of_q, of_k, of_v, _, of_captured, of_operands, *_ = ctx.needs_input_grad
-    needed = [of_q, of_k, of_v, *of_captured, *of_operands]
-    found: list[Tensor | None] = [None] * len(needed)
-    if do is not None or dlse is not None:
-        do = torch.zeros_like(o) if do is None else do
-        given = ctx.form, captured, operands, q_positions, kv_positions, seed, *ctx.numbers
-        grads = _backward(o, lse, do, dlse, needed, q, k, v, *given)
-        found = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
-    last = 3 + ctx.captured
-    return *found[:3], None, found[3:last], found[last:], *[None] * 7
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
-
-
-# ---- the call again ----
-
-
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, number: int, captured: list[Tensor], operands: list[Tensor],
-    q_positions: Tensor | None, kv_positions: Tensor | None, seed: Tensor | None, q_start: int, kv_start: int,
-    scale: float, rate: float,
-) -> tuple[Scores, Inputs]:  # fmt: skip
-    form = form_of(number)
-    assert isinstance(form, Scores), "why_not said so"
-    x = Inputs(
-        q, k, v, scale,
-        range(q_start, q_start + q.shape[2]) if q_positions is None else q_positions,
-        range(kv_start, kv_start + k.shape[2]) if kv_positions is None else kv_positions,
-        dict(zip(form.operands, operands, strict=True)),
-        dropout=None if seed is None else Dropout(rate, seed),
-    )  # fmt: skip
-    return _with(form, captured), x
-
-
-def _with(form: Scores, captured: list[Tensor]) -> Scores:
-    """The form with other captured tensors in place of its own; itself where they are its own, as for them lists of
-    tiles may be at hand."""
-    if all(map(_same, form.program.tensors, captured)):
-        return form
-    other = replace(form)
-    other.__dict__["program"] = form.program.rebind(form.program.numbers, tuple(captured))
-    return other
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
-
-
-def _laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """With the strides that were foretold."""
-    return t if t.stride() == like.stride() else like.copy_(t)
+ATTEND = operators("attend", attend, backward)

@@ -14,7 +14,7 @@ Zhu, Wang, Ke, Zhang, Lau. "BiFormer: Vision Transformer with Bi-Level Routing A
 import torch
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import best, block_means, products
+from manyheads.core.choosing import best_blocks, block_means, products
 
 
 def reference(q, k, v, *, region_size=64, top_k=4):
@@ -50,9 +50,12 @@ def bi_level_routing(region_size: int = 64, top_k: int = 4) -> Selection:
     @torch.no_grad()
     def select(q, k, *, scale, offset):
         likes = products(block_means(q, region_size, offset % region_size), block_means(k, region_size)).sum(1)
-        return Blocks.from_map(best(likes, top_k)[:, None].expand(-1, q.shape[1], -1, -1))
+        blocks, heads = best_blocks(likes[:, None], top_k), q.shape[1]
+        return Blocks(blocks.indices.expand(-1, heads, -1, -1), blocks.counts.expand(-1, heads, -1))
 
-    return Selection(select=select, scores=Scores(), query_block=region_size, key_block=region_size)
+    return Selection(
+        select=select, scores=Scores(), query_block=region_size, key_block=region_size, even=True
+    )  # fmt: skip
 
 
 def region_order(height: int, width: int, side: int) -> torch.Tensor:

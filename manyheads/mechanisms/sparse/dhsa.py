@@ -106,11 +106,9 @@ def dhsa(
             ends = ends.clamp(max=n)
             s = (q_means @ k_chunks.mT).gather(-1, chunk[:, None].expand(-1, q_means.shape[1], -1))
             s = s.masked_fill((j < first) | (j >= ends - recent), torch.inf).masked_fill(j >= ends, -torch.inf)
-            # Keys of one chunk are equally good. The first ones are taken, on any device.
-            order = s.argsort(dim=-1, descending=True, stable=True)[..., : max(keys, recent + first)]
-            keep = torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, True)
             dense = ends > n - instruction if q_len > instruction else ends < 0
-            return (j < ends) & (keep | dense)
+            # Keys of one chunk are equally good.
+            return (j < ends) & (best(s, max(keys, recent + first)) | dense)
 
         keep = by_runs(choose, q_means, offset // query_block, 16)
         return Blocks.from_map(keep[:, None].expand(-1, heads, -1, -1))

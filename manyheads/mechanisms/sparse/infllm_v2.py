@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import by_runs, products
+from manyheads.core.choosing import best, by_runs, products
 
 
 def reference(
@@ -106,10 +106,8 @@ def infllm_v2(
             likes = F.pad(p, (overlap, right)).unfold(-1, step + overlap, step).amax(-1)[..., : len(n)]
             past, recent = n <= i // block_size, n > i // block_size - local
             likes = likes.masked_fill((n < init_blocks) | recent, torch.inf).masked_fill(~past, -torch.inf)
-            # Neighbours that share their best mean are equally good. The first is taken, on any device.
-            order = likes.argsort(dim=-1, descending=True, stable=True)[..., : max(top_k, init_blocks) + local]
-            keep = torch.zeros_like(likes, dtype=torch.bool).scatter(-1, order, True)
-            return past & (keep | (i < dense_len))
+            # Neighbours that share their best mean are equally good.
+            return past & (best(likes, max(top_k, init_blocks) + local) | (i < dense_len))
 
         return Blocks.from_map(by_runs(choose, q, offset).repeat_interleave(together, 1))
 

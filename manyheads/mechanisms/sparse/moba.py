@@ -11,7 +11,7 @@ Lu et al. "MoBA: Mixture of Block Attention for Long-Context LLMs." 2025. arXiv:
 import torch
 
 from manyheads.core import Law, Scores, Selection, mechanism
-from manyheads.core.choosing import best_blocks, block_means, products
+from manyheads.core.choosing import Past, best_past, block_means
 
 
 def reference(q, k, v, *, block_size=512, top_k=3):
@@ -44,10 +44,6 @@ def moba(block_size: int = 512, top_k: int = 3) -> Selection:
 
     @torch.no_grad()
     def select(q, k, *, scale, offset):
-        likes = products(q.to(torch.promote_types(q.dtype, torch.float32)), block_means(k, block_size))
-        own = (torch.arange(q.shape[-2], device=q.device) + offset)[:, None] // block_size
-        n = torch.arange(likes.shape[-1], device=q.device)
-        likes = likes.masked_fill(n >= own, -torch.inf).masked_fill(n == own, torch.inf)
-        return best_blocks(likes, top_k)
+        return best_past(q, block_means(k, block_size), top_k, Past(query_block=1, key_block=block_size, offset=offset))
 
     return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)

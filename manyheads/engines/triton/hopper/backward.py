@@ -15,6 +15,8 @@ from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import keys, queries, rows
 from manyheads.engines.triton.hopper.launching import (
+    BLOCK_SIZES,
+    BLOCKS,
     DROPOUT,
     NORMALISERS,
     SIZES,
@@ -27,7 +29,7 @@ from manyheads.engines.triton.hopper.launching import (
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Chosen
+from manyheads.engines.triton.hopper.selected import Chosen, bits_of
 from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 FUNCTIONS = ("mask", "score", "dscore")
@@ -78,10 +80,11 @@ QUERIES_TILINGS = {
 
 
 def keys_tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> KeysTiling:
-    """With a score function, a sign to keep, or dropout, fewer registers are left."""
+    """With a score function, a sign to keep, dropout, or bits of blocks, fewer registers are left."""
     if chosen is not None and chosen.halves:
         return HALVES_TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
     scored = form.program.has_score or form.normaliser == "signed" or x.dropout is not None
+    scored = scored or (chosen is not None and chosen.bits is not None)
     return KEYS_TILINGS[wide(max(x.q.shape[3], x.v_head_dim)), scored]
 
 
@@ -94,9 +97,9 @@ KEYS = Kernel(
     keys, "keys",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "top_desc", "delta_desc", "dk_desc", "dv_desc", "q_at", "kv_at",
-        "table", *COUNTS, "scale", *DROPOUT, "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr", "KIND: tl.constexpr",
-        "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DK: tl.constexpr",
-        "DV: tl.constexpr", "LATE: tl.constexpr", "HALVES: tl.constexpr",
+        "table", *COUNTS, "scale", *DROPOUT, *BLOCKS, "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr",
+        "KIND: tl.constexpr", "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr",
+        "DK: tl.constexpr", "DV: tl.constexpr", "LATE: tl.constexpr", "HALVES: tl.constexpr", *BLOCK_SIZES,
     ),
     (*COUNTS, "threshold"), FUNCTIONS,
 )  # fmt: skip
@@ -104,8 +107,9 @@ QUERIES = Kernel(
     queries, "queries",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "dq_desc", "top", "delta", "q_at", "kv_at", "table", *COUNTS, "scale",
-        *DROPOUT, "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
-        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
+        *DROPOUT, *BLOCKS, "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr",
+        "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
+        *BLOCK_SIZES,
     ),
     (*COUNTS, "threshold"), FUNCTIONS,
 )  # fmt: skip
@@ -139,6 +143,7 @@ class _Call:
         self.at, starts, steps = places((x.q_positions, x.kv_positions), x.q_len, x.kv_len, x.q.device)
         sizes = x.heads, x.heads // x.kv_heads, x.q_len, x.kv_len, *starts, *steps, top.shape[2]
         self.numbers = *sizes, float(x.scale), *dropping(x)
+        self.bits, *self.block_sizes = bits_of(chosen)
 
     def table(self, tile: tuple[int, int], turned: bool = False) -> Table | None:
         return (self.chosen or tables).table_of(self.form.program, self.x, tile, self.operands, turned)
@@ -146,6 +151,9 @@ class _Call:
     def steps(self, table: Table | None, tiles: int) -> tuple[Any, ...]:
         """A table's values and strides."""
         return self.top if table is None else table.values, *steps_of(table, (self.x.batch, self.x.heads, tiles))
+
+    def blocks(self, table: Table | None) -> tuple[Any, ...]:
+        return None if table is None else table.order, self.bits
 
     def kinds(self, table: Table | None, sticks_out: bool) -> tuple[Any, ...]:
         """What the compiler must know: the kind of table, and whether there are tiles to mask."""
@@ -164,8 +172,8 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
                 descriptor(x.q, queries), descriptor(call.do, queries), descriptor(x.k, ROWS // 2),
                 descriptor(x.v, ROWS // 2), _lines(call.top, queries), _lines(call.delta, queries),
                 descriptor(dk, ROWS // 2), descriptor(dv, ROWS // 2), *call.at,
-                *call.steps(table, parts * tiles), *call.numbers, q_stages, do_stages,
-                *call.kinds(table, x.q_len % queries != 0), *which, late, halves,
+                *call.steps(table, parts * tiles), *call.numbers, *call.blocks(table), q_stages, do_stages,
+                *call.kinds(table, x.q_len % queries != 0), *which, late, halves, *call.block_sizes,
             )  # fmt: skip
             KEYS.run(x.batch * x.kv_heads * tiles, own, call.source, call.arguments)
     return dk if needs_dk else None, dv if needs_dv else None
@@ -177,8 +185,8 @@ def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
     tiles, table = cdiv(x.q_len, ROWS), call.table((ROWS, keys))
     own = (
         descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys), descriptor(x.v, keys),
-        descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers, k_stages,
-        v_stages, *call.kinds(table, x.kv_len % keys != 0), held,
+        descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers,
+        *call.blocks(table), k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
     )  # fmt: skip
     QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
     return dq

@@ -39,7 +39,7 @@ from manyheads.engines.triton.hopper.given_levels import (
 )
 from manyheads.engines.triton.hopper.kernels import levels
 from manyheads.engines.triton.hopper.launching import SIZES, STEPS, Kernel, descriptor, places, source_of
-from manyheads.engines.triton.hopper.tables import EVERY, steps_of, table_of
+from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of, table_of
 
 ENOUGH = 2.0**-14  # as in kernels/levels.py
 LEVELS = Kernel(
@@ -103,7 +103,7 @@ def levels_of(form: Scores, x: Inputs) -> Tensor:
     source = source_of(product, x, ("mask", "score"))
     arguments = source.arguments(x.q.device, **operands)
     table = table_of(product.program, x, (forward.QUERIES, keys), operands)
-    kind, values = table or (EVERY, tau)
+    kind, values, _ = table or Table(EVERY, tau)
     shape = x.batch, x.heads, cdiv(x.q_len, forward.QUERIES)
     ahead = torch.empty(math.prod(shape), 2, dtype=torch.int32, device=x.q.device)
     at, starts, steps = places((x.q_positions, x.kv_positions), x.q_len, x.kv_len, x.q.device)

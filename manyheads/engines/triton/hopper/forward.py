@@ -17,6 +17,8 @@ from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import attend
 from manyheads.engines.triton.hopper.launching import (
+    BLOCK_SIZES,
+    BLOCKS,
     DROPOUT,
     NORMALISERS,
     SIZES,
@@ -28,8 +30,8 @@ from manyheads.engines.triton.hopper.launching import (
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Chosen
-from manyheads.engines.triton.hopper.tables import EVERY, steps_of
+from manyheads.engines.triton.hopper.selected import Chosen, bits_of
+from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 QUERIES = 128  # in a tile: two warp groups of 64
 
@@ -46,12 +48,12 @@ class Tiling(NamedTuple):
 # By the wider of head_dim and v_head_dim, both rounded up to one of WIDTHS.
 TILINGS = {64: Tiling(128, 3, deep=True), 128: Tiling(128, 2), 256: Tiling(64, 2)}
 HALVES = Tiling(64, 4, deep=True)  # where blocks of keys are no multiples of 128, or a score takes long
-LONG = {"exp", "exp2", "log", "log2", "tanh", "sigmoid"}
+LONG = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "erf"}
 
 
 def tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> Tiling:
     found = tiling_for(form, wide(max(x.q.shape[3], x.v_head_dim)))
-    return found if chosen is None or chosen.key_block % found.keys == 0 else HALVES
+    return HALVES if chosen is not None and chosen.halves and found.keys > HALVES.keys else found
 
 
 def tiling_for(form: Scores, width: int) -> Tiling:
@@ -63,8 +65,8 @@ ATTEND = Kernel(
     attend, "attend",
     (
         "q_desc", "k_desc", "v_desc", "o_desc", "lse", "sink", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
-        *DROPOUT, "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
-        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr",
+        *DROPOUT, *BLOCKS, "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
+        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr", *BLOCK_SIZES,
     ),
     (*STEPS, *SIZES, "threshold"), ("mask", "score"),
 )  # fmt: skip
@@ -86,15 +88,16 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
     q, scale = x.q, float(x.scale)
     if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    kind, values = table or (EVERY, lse)
+    kind, values, order = table or Table(EVERY, lse)
+    bits, *sizes = bits_of(chosen)
     shape = batch, heads, cdiv(q_len, QUERIES)
     at, starts, steps = places((x.q_positions, x.kv_positions), q_len, x.kv_len, q.device)
     own = (
         descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        *dropping(x), stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
-        NORMALISERS[form.normaliser], deep,
+        *dropping(x), order, bits, stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
+        NORMALISERS[form.normaliser], deep, *sizes,
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)
     with torch.cuda.device_of(q):

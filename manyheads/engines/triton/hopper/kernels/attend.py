@@ -22,6 +22,7 @@ from manyheads.engines.triton.hopper.kernels.common import (
     tile_of,
 )
 from manyheads.engines.triton.hopper.kernels.dropping import dropped, kept, key_of
+from manyheads.engines.triton.hopper.kernels.listed import listed_of, pairs_of, words_of
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
     gl,
@@ -128,8 +129,9 @@ def _finished(o, m, l, sink, h, NORMALISER: gl.constexpr):
 def _consumer(
     o_desc, lse, sink, q, out, q_full, ks, vs, k_full, k_free, v_full, v_free,
     table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-    scale, seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+    scale, seed, threshold, inflation, bits, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DEEP: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ks.shape[0]
     ROWS: gl.constexpr = q.shape[2]
@@ -141,7 +143,8 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     dtype: gl.constexpr = o_desc.dtype
     factor = LOG2E if SCORE is not None else scale * LOG2E
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    rows = row + lines
     i = positions_of(q_start, q_at, q_at_step, b, rows, q_len, POSITIONS)[:, None]
     columns = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
@@ -156,6 +159,7 @@ def _consumer(
 
     mbarrier.wait(q_full, 0)
     tile, partial = tile_of(table, 0, lo, f0, f1, KIND)
+    listed = listed_of(bits, lines, row, tile * KEYS, q_start, kv_len, KEYS, QUERY_BLOCK, KEY_BLOCK)
     mbarrier.wait(k_full.index(0), 0)
     k = ks.index(0).reshape([KEYS, DIM]).permute((1, 0))
     s_later = warpgroup_mma(q2, k, zero, use_acc=False, is_async=True)
@@ -164,6 +168,9 @@ def _consumer(
     y = tile * KEYS + columns
     j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
     inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
+    inside = pairs_of(
+        inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
+    )
     s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
     power, fade, m = _shifted(s, m, factor, NORMALISER)
     if DEEP:
@@ -176,6 +183,7 @@ def _consumer(
         slot = step % STAGES
         before = (step - 1) % STAGES
         tile, partial = tile_of(table, step, lo, f0, f1, KIND)
+        listed = listed_of(bits, lines, row, tile * KEYS, q_start, kv_len, KEYS, QUERY_BLOCK, KEY_BLOCK)
         if not DEEP:
             mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
         k = ks.index(slot).reshape([KEYS, DIM]).permute((1, 0))
@@ -191,6 +199,9 @@ def _consumer(
         y = tile * KEYS + columns
         j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
         inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
+        inside = pairs_of(
+            inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
+        )
         s = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, NORMALISER)
         power, fade, m = _shifted(s, m, factor, NORMALISER)
         if DEEP:
@@ -232,14 +243,17 @@ def _consumer(
 def attend(
     q_desc, k_desc, v_desc, o_desc, lse, sink, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, seed, threshold, inflation,
-    STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr,
-    DEEP: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr,
+    order, bits, STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr,
+    NORMALISER: gl.constexpr, DEEP: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
+    A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """o and lse [batch, heads, q_len] of one tile of queries of one head. Grid: tiles * heads * batch.
 
     table: int32, see RANGES and LISTS; table_batch, table_head, table_row: its strides, 0 where it is shared.
     q_at, kv_at: if POSITIONS, int32 positions [batch, len], -1 for an absent token.
     seed, threshold, inflation: of dropout, see core/dropout.py, or None three times.
+    order: int32, in which order programs are worked on, or None. bits, QUERY_BLOCK, KEY_BLOCK: of blocks that are no
+    tiles, see listed.py, or None, 0 and 0.
     A: what the functions score(s, b, h, i, j, A) and mask(b, h, i, j, A) read. MASKED: there are tiles to mask.
     """
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -249,6 +263,8 @@ def attend(
     dtype: gl.constexpr = q_desc.dtype
     q_tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
+    if order is not None:
+        pid = gl.load(order + pid)
     at = q_tiles - 1 - pid % q_tiles  # the last queries see most in a causal mask: longest first
     head_of_all = pid // q_tiles
     b = head_of_all // heads
@@ -256,6 +272,8 @@ def attend(
     row = at * (2 * ROWS)
     table += b.to(gl.int64) * table_batch + h.to(gl.int64) * table_head + at.to(gl.int64) * table_row
     lse += head_of_all.to(gl.int64) * q_len
+    if bits is not None:
+        bits += head_of_all.to(gl.int64) * words_of(q_len, q_start, kv_len, QUERY_BLOCK, KEY_BLOCK)
     table, n, lo, f0, f1 = row_of(table, kv_len // KEYS, (kv_len + KEYS - 1) // KEYS, KIND)
     # Who sees nothing takes one step over a tile that is masked as a whole.
     end = gl.where(n > 0, kv_len, 0)
@@ -286,14 +304,14 @@ def attend(
             (_consumer, (
                 o_desc, lse, sink, q0, o0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
-                DEEP,
+                kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, DEEP, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_consumer, (
                 o_desc, lse, sink, q1, o1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, MASK, MASKED, POSITIONS, NORMALISER,
-                DEEP,
+                kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, DEEP, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, q0, q1, q_full, ks, vs, k_full, k_free, v_full, v_free,

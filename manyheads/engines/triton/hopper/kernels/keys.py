@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of, tile_of
 from manyheads.engines.triton.hopper.kernels.dropping import dropped, kept, key_of
+from manyheads.engines.triton.hopper.kernels.listed import listed_of, pairs_of, words_of
 from manyheads.engines.triton.hopper.kernels.slopes import through, weights
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
@@ -98,9 +99,9 @@ def _producer(
 def _consumer(
     dk_desc, dv_desc, k, v, kv_full, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
     table, table_head, b, kv_head, group, key, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-    scale, seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
+    scale, seed, threshold, inflation, bits, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
     MASK: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr,
-    DV: gl.constexpr, LATE: gl.constexpr,
+    DV: gl.constexpr, LATE: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
 ):  # fmt: skip
     Q_STAGES: gl.constexpr = qs.shape[0]
     DO_STAGES: gl.constexpr = dos.shape[0]
@@ -121,7 +122,8 @@ def _consumer(
             ds16 = gl.convert_layout(gl.full([ROWS, QUERIES], 0.0, dtype, s_layout), ds_layout)
     if DV:
         dv = gl.full([ROWS, V_DIM], 0.0, gl.float32, v_layout)
-    y = key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    y = key + lines
     j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[:, None]
     columns = gl.arange(0, QUERIES, gl.SliceLayout(0, s_layout))
     k2 = k.reshape([ROWS, DIM])
@@ -135,8 +137,12 @@ def _consumer(
         )
         if seed is not None:
             low, high = key_of(seed, b, h)
+        own = bits
+        if bits is not None:
+            own += h.to(gl.int64) * words_of(q_len, q_start, kv_len, QUERY_BLOCK, KEY_BLOCK)
         for turn in range(n):
             tile, partial = tile_of(line, turn, lo, f0, f1, KIND)
+            listed = listed_of(own, columns, tile * QUERIES, key, q_start, kv_len, ROWS, QUERY_BLOCK, KEY_BLOCK)
             a = step % Q_STAGES
             c = step % DO_STAGES
             before = gl.maximum(step - 1, 0) % Q_STAGES
@@ -153,6 +159,10 @@ def _consumer(
             x = tile * QUERIES + columns
             i = positions_of(q_start, q_at, q_at_step, b, x, q_len, POSITIONS)[None, :]
             inside = seen_of(i, j, (x < q_len)[None, :], POSITIONS)
+            inside = pairs_of(
+                inside, listed[None, :], columns[None, :], lines[:, None], tile * QUERIES, q_start, ROWS, QUERY_BLOCK,
+                KEY_BLOCK,
+            )  # fmt: skip
             weight, slope = weights(
                 s, tops.index(a).load(s_layout), b, h, i, j, inside, partial, scale, A,
                 SCORE, DSCORE, MASK, MASKED, NORMALISER,
@@ -215,13 +225,14 @@ def _consumer(
 def keys(
     q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, dk_desc, dv_desc, q_at, kv_at, table, table_batch,
     table_head, table_row, heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    seed, threshold, inflation, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr,
+    seed, threshold, inflation, order, bits, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
-    LATE: gl.constexpr, HALVES: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
+    LATE: gl.constexpr, HALVES: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
+    A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
     """dK (if DK) and dV (if DV) of a tile of keys, over the query heads that share it, in their order. Grid: tiles *
-    kv_heads * batch. table: as in the forward pass, with the sides exchanged. HALVES: it has a row for every 64 keys,
-    and each consumer its own q and dO."""
+    kv_heads * batch. table: as in the forward pass, with the sides exchanged; order, bits: as there. HALVES: the table
+    has a row for every 64 keys, and each consumer its own q and dO."""
     ROWS: gl.constexpr = k_desc.block_shape[2]
     QUERIES: gl.constexpr = q_desc.block_shape[2]
     DIM: gl.constexpr = q_desc.block_shape[3]
@@ -229,6 +240,8 @@ def keys(
     dtype: gl.constexpr = q_desc.dtype
     tiles = (kv_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
+    if order is not None:
+        pid = gl.load(order + pid)
     at = pid % tiles  # the first keys are seen by most in a causal mask: longest first
     kv_heads = heads // group
     b = pid // tiles // kv_heads
@@ -236,6 +249,8 @@ def keys(
     key = at * (2 * ROWS)
     table += b.to(gl.int64) * table_batch + at.to(gl.int64) * (table_row * (2 if HALVES else 1))
     table1 = table
+    if bits is not None:
+        bits += b.to(gl.int64) * heads * words_of(q_len, q_start, kv_len, QUERY_BLOCK, KEY_BLOCK)
     k0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], k_desc.layout)
     k1 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], k_desc.layout)
     v0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, V_DIM], v_desc.layout)
@@ -279,14 +294,14 @@ def keys(
             (_consumer, (
                 dk_desc, dv_desc, k0, v0, kv_full, qs, dos, tops, deltas, q_full, q_free, do_full, do_free,
                 table, table_head, b, kv_head, group, key, q_len, kv_len, q_start, kv_start, q_at, q_at_step,
-                kv_at, kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
-                NORMALISER, DK, DV, LATE,
+                kv_at, kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED,
+                POSITIONS, NORMALISER, DK, DV, LATE, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_consumer, (
                 dk_desc, dv_desc, k1, v1, kv_full, qs1, dos1, tops1, deltas1, q_full1, q_free1, do_full1, do_free1,
                 table1, table_head, b, kv_head, group, key + ROWS, q_len, kv_len, q_start, kv_start, q_at, q_at_step,
-                kv_at, kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
-                NORMALISER, DK, DV, LATE,
+                kv_at, kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED,
+                POSITIONS, NORMALISER, DK, DV, LATE, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, k0, k1, v0, v1, kv_full, qs, dos, tops, deltas,

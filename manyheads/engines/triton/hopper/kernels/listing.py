@@ -9,12 +9,12 @@ import triton.language as tl
 @triton.jit(
     do_not_specialize=[
         "heads", "rows", "there", "row_blocks", "per_row", "row_shift", "tiles", "per_block", "shift", "last", "width",
-        "query_blocks", "states_batch", "states_head",
+        "states_batch", "states_head",
     ]
 )  # fmt: skip
 def listing(
     out, listed, counts, states, heads, rows, there, row_blocks, per_row, row_shift, tiles, per_block, shift, last,
-    width, query_blocks, states_batch, states_head, SLOTS: tl.constexpr, TURNED: tl.constexpr,
+    width, states_batch, states_head, SLOTS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one row: how many, then 2 * tile + partial for each, ascending. Grid: rows * heads * batch.
 
@@ -23,9 +23,9 @@ def listing(
     and tile `last` sticks out. states: uint8 [batch | 1, heads | 1, there, tiles], what the mask makes of them; None if
     it allows all.
 
-    listed, counts: the lists [batch, heads, query_blocks, width] and how many of each are meant. out: LISTS.
-    TURNED: rows are keys. listed: places in those lists, ordered by head and key block; counts: where the places of
-    each begin, and where the last ones end. out: JUMPS.
+    listed, counts: the lists [batch, heads, row_blocks, width] and how many of each are meant. out: LISTS.
+    TURNED: rows are keys. listed: query blocks, ordered by head, the key block that they list and themselves; counts:
+    where those of each key block begin, and where the last ones end. out: JUMPS.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid % rows
@@ -50,8 +50,6 @@ def listing(
         slot = step + tl.arange(0, SLOTS)
         inside = slot < size
         found = tl.load(listed + first + slot // per_block, mask=inside, other=0).to(tl.int64)
-        if TURNED:
-            found = found // width % query_blocks
         tile = found * per_block - shift + slot % per_block
         kept = inside & (tile >= 0) & (tile < tiles)
         partial = tile == last

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of, tile_of
 from manyheads.engines.triton.hopper.kernels.dropping import kept, key_of
+from manyheads.engines.triton.hopper.kernels.listed import listed_of, pairs_of, words_of
 from manyheads.engines.triton.hopper.kernels.slopes import through, weights
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
@@ -51,8 +52,9 @@ def _producer(
 def _consumer(
     dq_desc, top, delta, q, do, q_full, ks, vs, k_full, k_free, v_full, v_free,
     table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale,
-    seed, threshold, inflation, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr, MASK: gl.constexpr,
-    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
+    seed, threshold, inflation, bits, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
+    MASK: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
 ):  # fmt: skip
     K_STAGES: gl.constexpr = ks.shape[0]
     V_STAGES: gl.constexpr = vs.shape[0]
@@ -64,7 +66,8 @@ def _consumer(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    rows = row + lines
     own_top = gl.load(top + rows)[:, None]
     own_delta = gl.load(delta + rows)[:, None]
     i = positions_of(q_start, q_at, q_at_step, b, rows, q_len, POSITIONS)[:, None]
@@ -82,6 +85,7 @@ def _consumer(
         low, high = key_of(seed, b, h)
     for step in range(n):
         tile, partial = tile_of(table, step, lo, f0, f1, KIND)
+        listed = listed_of(bits, lines, row, tile * KEYS, q_start, kv_len, KEYS, QUERY_BLOCK, KEY_BLOCK)
         a = step % K_STAGES
         c = step % V_STAGES
         before = gl.maximum(step - 1, 0) % K_STAGES
@@ -96,6 +100,9 @@ def _consumer(
         y = tile * KEYS + columns
         j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
         inside = seen_of(i, j, (y < kv_len)[None, :], POSITIONS)
+        inside = pairs_of(
+            inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
+        )
         weight, slope = weights(
             s, own_top, b, h, i, j, inside, partial, scale, A, SCORE, DSCORE, MASK, MASKED, NORMALISER
         )
@@ -125,11 +132,12 @@ def _consumer(
 def queries(
     q_desc, do_desc, k_desc, v_desc, dq_desc, top, delta, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    seed, threshold, inflation, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
+    seed, threshold, inflation, order, bits, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table: as in the forward pass."""
+    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table, order, bits: as in the forward pass."""
     ROWS: gl.constexpr = q_desc.block_shape[2]
     KEYS: gl.constexpr = k_desc.block_shape[2]
     DIM: gl.constexpr = k_desc.block_shape[3]
@@ -137,6 +145,8 @@ def queries(
     dtype: gl.constexpr = q_desc.dtype
     tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
+    if order is not None:
+        pid = gl.load(order + pid)
     at = tiles - 1 - pid % tiles
     head_of_all = pid // tiles
     b = head_of_all // heads
@@ -146,6 +156,8 @@ def queries(
     table, n, lo, f0, f1 = row_of(table, kv_len // KEYS, (kv_len + KEYS - 1) // KEYS, KIND)
     top += head_of_all.to(gl.int64) * padded
     delta += head_of_all.to(gl.int64) * padded
+    if bits is not None:
+        bits += head_of_all.to(gl.int64) * words_of(q_len, q_start, kv_len, QUERY_BLOCK, KEY_BLOCK)
     q0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], q_desc.layout)
     q1 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], q_desc.layout)
     do0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, V_DIM], do_desc.layout)
@@ -169,13 +181,14 @@ def queries(
             (_consumer, (
                 dq_desc, top, delta, q0, do0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
-                scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER, HELD,
+                scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER,
+                HELD, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_consumer, (
                 dq_desc, top, delta, q1, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at,
-                kv_at_step, scale, seed, threshold, inflation, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
-                NORMALISER, HELD,
+                kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
+                NORMALISER, HELD, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, q0, q1, do0, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,

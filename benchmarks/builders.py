@@ -1,0 +1,181 @@
+"""What choosing blocks costs beside the attention that it leaves, on the GPU at hand.
+
+    python benchmarks/builders.py                                     both builders, 32k, 128k and 256k
+    python benchmarks/builders.py --lengths 32768 --blocks 128 --share 0.05
+
+128 queries choose by the products of mean queries and mean keys: a number of blocks, a share of all there are (top-k),
+or the fewest that hold a share of the softmax (top-p); and always their own. A row is one builder, with milliseconds of
+each step and of attention over the lists that it made: pool (q and k are read once), choose, both by torch operations,
+table, turn (the transposed table), forward (table included) and backward (turn included). Lists are checked first:
+those of top-k equal those of torch operations where sums are exact, those of top-p are right for masses in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attention
+import torch
+from cases import Shape
+from selections import QUERIES, K, ours, pairs, selection
+from torch import Tensor
+
+from manyheads.core import picking
+from manyheads.core.checks import build_inputs
+from manyheads.core.choosing import Past, best_past, block_means, fewest_past
+from manyheads.core.forms import Blocks
+
+# ---- builders: of mean queries and mean keys ----
+
+
+def top_k(q: Tensor, k: Tensor, past: Past, share: float) -> Blocks:
+    return best_past(q, k, math.ceil(share * k.shape[2]), past)
+
+
+def top_p(q: Tensor, k: Tensor, past: Past, share: float) -> Blocks:
+    return fewest_past(q, k, share, past, scale=q.shape[-1] ** -0.5)
+
+
+def top_k_by_torch(q: Tensor, k: Tensor, past: Past, share: float) -> Blocks:
+    return Blocks(*picking.best_past(q, k, math.ceil(share * k.shape[2]), *astuple(past)))
+
+
+def top_p_by_torch(q: Tensor, k: Tensor, past: Past, share: float) -> Blocks:
+    return Blocks(*picking.fewest_past(q, k, q.shape[-1] ** -0.5, share, 0, *astuple(past)))
+
+
+BUILDERS: dict[str, tuple[Callable[..., Blocks], Callable[..., Blocks]]] = {
+    "top-k": (top_k, top_k_by_torch), "top-p": (top_p, top_p_by_torch),
+}  # fmt: skip
+
+
+def amiss(kept: Tensor, p: Tensor, taken: Tensor, share: float, least: int = 0) -> Tensor:
+    """bool [...]: rows of the map `kept` that are not what fewest_past says, for masses p float64, 0 where nothing is
+    seen. The kernel's float32 masses and sums are off by a few 1e-6: what differs by less than 1e-5 counts as equal."""
+    out = p.masked_fill(kept, 0.0).amax(-1, keepdim=True)
+    heavy = kept & (p > 0) & (p >= out * (1 - 1e-5))
+    enough = ((p * heavy).sum(-1) >= share - 1e-5) & (heavy.sum(-1) >= (p > 0).sum(-1).clamp(max=least))
+    lightest = p.masked_fill(~kept | taken, torch.inf).amin(-1, keepdim=True)
+    heavier = p > lightest * (1 + 1e-5)
+    needed = ((p * heavier).sum(-1) < share + 1e-5) | (heavier.sum(-1) < least)
+    return ~(enough & needed) | (taken & ~kept).any(-1) | (kept & (p == 0)).any(-1)
+
+
+def masses(q: Tensor, k: Tensor, scale: float, past: Past) -> tuple[Tensor, Tensor]:
+    """p for `amiss`, and what is taken in any case."""
+    s = picking.products(q.double(), k.double()) * scale
+    seen, taken = picking.past(*s.shape[-2:], *astuple(past), device=q.device)
+    return s.masked_fill(~seen, -torch.inf).softmax(-1), taken
+
+
+def check(name: str, q: Tensor, k: Tensor, past: Past, share: float) -> None:
+    """For q and k of these shapes. Raises RuntimeError if lists are wrong."""
+    build, by_torch = BUILDERS[name]
+    if name == "top-k":  # whole numbers: sums of products are exact in any order, and many are equal
+        q, k = (torch.randint(-2, 3, t.shape, device=t.device).to(t.dtype) for t in (q, k))
+    means = block_means(q, past.query_block), block_means(k, past.key_block)
+    found, n, group = build(*means, past, share), means[1].shape[2], q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):  # one head at a time, as maps of all of them are large
+        own = means[0][:, h : h + 1], means[1][:, h // group : h // group + 1]
+        kept = Blocks(found.indices[:, h : h + 1], found.counts[:, h : h + 1]).to_map(n)
+        if name == "top-k":
+            wrong = (kept != by_torch(*own, past, share).to_map(n)).any(-1)
+        else:
+            wrong = amiss(kept, *masses(*own, q.shape[-1] ** -0.5, past), share)
+        if wrong.any():
+            raise RuntimeError(f"{name} is wrong about {int(wrong.sum())} rows of head {h}")
+
+
+# ---- rows ----
+
+
+def bench(shape: Shape, block: int, name: str, share: float, seconds: float) -> dict[str, Any]:
+    from manyheads.engines.triton.hopper import backward, forward, selected
+
+    torch.manual_seed(0)
+
+    def leaf(heads: int) -> Tensor:
+        return torch.randn(shape.batch, heads, shape.length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+
+    leaves = [leaf(n).requires_grad_() for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    (q, k, v), do = (t.detach() for t in leaves), leaf(shape.heads)
+    build, by_torch = BUILDERS[name]
+    past = Past(query_block=QUERIES, key_block=block, offset=0)
+    check(name, q, k, past, share)
+    means = block_means(q, QUERIES), block_means(k, block)
+    blocks = build(*means, past, share)
+    form = selection(blocks, block)
+    run, x = ours(form, blocks, block), build_inputs(form, q, k, v, None, None, None, None, {})
+    chosen = selected.chosen_of(form, x, blocks)
+    tiling, table = backward.keys_tiling_of(form.scores, x, chosen), partial(chosen.table_of, form.scores.program, x)
+    o = run(*leaves)
+    calls: dict[str, Callable[[], Any]] = {
+        "pool": lambda: (block_means(q, QUERIES), block_means(k, block)),
+        "choose": partial(build, *means, past, share),
+        "by_torch": lambda: by_torch(picking.block_means(q, QUERIES, 0), picking.block_means(k, block, 0), past, share),
+        "table": partial(table, (QUERIES, forward.tiling_of(form.scores, x, chosen).keys), {}),
+        "turn": partial(table, (tiling.queries, 64 if tiling.halves else 128), {}, True),
+        "forward": torch.no_grad()(partial(run, q, k, v)),
+        "backward": partial(torch.autograd.grad, o, leaves, do, retain_graph=True),
+    }
+    ms = {f"{step}_ms": round(attention.measured(call, seconds)["median_ms"], 4) for step, call in calls.items()}
+    before = ms["pool_ms"] + ms["choose_ms"] + ms["turn_ms"]
+    return {
+        "kept": round(pairs(blocks, block) / (shape.batch * shape.heads * shape.length * (shape.length + 1) / 2), 4),
+        **ms,
+        "of_forward": round(before / ms["forward_ms"], 4),
+        "of_both": round(before / (ms["forward_ms"] + ms["backward_ms"] - ms["turn_ms"]), 4),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    about = f"{row['case']}, {row['length']} x {row['head_dim']}: "
+    if "failed" in row:
+        return about + row["failed"]
+    steps = {name.removesuffix("_ms").replace("_", " "): ms for name, ms in row.items() if name.endswith("_ms")}
+    spent = ", ".join(f"{name} {ms}" for name, ms in steps.items())
+    shares = f"pool, choose and turn {row['of_forward']:.1%} of forward, {row['of_both']:.1%} of both passes"
+    return f"{about}{row['kept']:.1%} kept, ms: {spent}; {shares}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32 * K, 128 * K, 256 * K])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], choices=(64, 128))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
+    parser.add_argument("--builders", nargs="+", default=list(BUILDERS), choices=list(BUILDERS))
+    parser.add_argument("--share", type=float, default=0.1, help="of key blocks, or of the softmax")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each step")
+    parser.add_argument("--limit", type=int, default=120, help="seconds for a row, compiling included")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to append to")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/builders.py needs a CUDA device; this machine has none", file=sys.stderr)
+        return 2
+    rows, start = [], time.perf_counter()
+    add = attention.recorder(rows, given.results)
+    cases = [(n, d, b, m) for n in given.lengths for d in given.head_dims for b in given.blocks for m in given.builders]
+    for length, head_dim, block, name in cases:
+        shape = Shape(1, 32, 8, length, head_dim)
+        row = {"case": f"blocks of {block}: {name}", **shape._asdict(), "dtype": "bfloat16", "share": given.share}
+        try:
+            with attention.limited(given.limit):
+                row |= {"engine": "ours", **bench(shape, block, name, given.share, given.seconds)}
+        except Exception as e:
+            row |= {"engine": "ours", "failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
+        add(row)
+        print(f"[{time.perf_counter() - start:.0f} s] {line(row)}", flush=True)
+        torch.cuda.empty_cache()
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
