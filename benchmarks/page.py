@@ -1,5 +1,4 @@
-"""docs/benchmarks.md, from the rows of benchmarks/attention.py and selections.py and nothing else: the newest of each
-kind."""
+"""docs/benchmarks.md, from the rows that the benchmarks wrote and nothing else: the newest of each kind."""
 
 from __future__ import annotations
 
@@ -20,6 +19,8 @@ HEAD = """\
 
     make bench
     python benchmarks/selections.py --results benchmarks/results/selections.jsonl
+    python benchmarks/builders.py --results benchmarks/results/selections.jsonl
+    python benchmarks/recurrences.py --results benchmarks/results/recurrences.jsonl
 
 time our kernels beside those that are installed, in one process, and append rows to a file. `python docs/generate.py`
 writes this page from all files in `benchmarks/results`, the newest row of each kind. A row exists only where outputs
@@ -27,31 +28,38 @@ and gradients were near float64. TFLOP/s are useful ones: 4 operations for each 
 the mask allows, 2.5 times as many backward; of blocks a tenth are looked at. Engines ran one after the other on one
 chip; how much each varied is in the file. FA3 is timed forward alone.
 """
+RECURRENCES = """\
+## Recurrences
+
+Milliseconds, in brackets as a CUDA graph, which leaves the host out; 16 heads of 128, bfloat16. GB/s count the fewest
+bytes: what goes in is read once, what comes out is written once. cuDNN is causal softmax attention of the same shape.
+"""
 SHAPE = ("batch", "heads", "kv_heads", "length", "head_dim")
 Row = Mapping[str, Any]
 
 
 def rows(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All rows that attention.py and selections.py wrote."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in map(json.loads, lines) if "engine" in row and ("kv_heads" in row or "median_us" in row)]
+    return [row for row in map(json.loads, lines) if "engine" in row]
 
 
 def newest(found: Iterable[Row]) -> list[Row]:
     """The last of the rows of each kind."""
     kinds: dict[tuple[Any, ...], Row] = {}
     for row in sorted(found, key=lambda r: r["time"]):
-        kinds[tuple(row.get(name) for name in ("case", *SHAPE, "dtype", "engine", "pass"))] = row
+        kinds[tuple(row.get(name) for name in ("case", "shape", *SHAPE, "dtype", "engine", "pass"))] = row
     return list(kinds.values())
 
 
 def page(found: Iterable[Row]) -> str:
-    kept = newest(found)
+    every = newest(found)
+    kept, recurrent = ([r for r in every if ("shape" in r) == own] for own in (False, True))
     timed = [r for r in kept if "tflops" in r and r["engine"] in ENGINES]
     machines = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, cuDNN {r['cudnn']}" for r in timed})
     parts = [HEAD, *(f"On {machine}.\n" for machine in machines)]
     for back in ("forward", "backward"):
         parts += [f"## {back.capitalize()}\n", *_table([r for r in timed if r["pass"] == back]), ""]
+    parts += [RECURRENCES, *_recurrences(recurrent), ""]
     parts += ["## Around the kernels\n", *_around(kept), ""]
     return "\n".join(parts)
 
@@ -80,6 +88,31 @@ def _shape(row: Row) -> str:
     return f"{row['batch']} × {length}, {heads} heads of {row['head_dim']}"
 
 
+def _recurrences(found: list[Row]) -> list[str]:
+    names = {"ours": "manyheads", "fla": "fla", "cudnn": "cuDNN"}
+    timed = [r for r in found if "median_ms" in r]
+    engines = [e for e in names if any(r["engine"] == e for r in timed)]
+    head = ["case", "shape", "pass", *(names[e] for e in engines), "GB/s", "of fla"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 3)]
+    key = lambda r: (r["case"], r["shape"], ("forward", "backward", "step").index(r["pass"]))  # noqa: E731  sort, group
+    for _, group in groupby(sorted(timed, key=key), key=key):
+        same = {r["engine"]: r for r in group}
+        if "ours" not in same:
+            continue
+        ours = same["ours"]
+        spent = [_spent(same[e]) if e in same else "" for e in engines]
+        ratio = f"{same['fla']['median_ms'] / ours['median_ms']:.2f}" if "fla" in same else ""
+        own = [ours["case"], ours["shape"].replace("x", " × "), ours["pass"], *spent, str(ours["gbs"]), ratio]
+        lines.append(f"| {' | '.join(own)} |")
+    failed = [r for r in found if "failed" in r]
+    return [*lines, "", *(f"- {names[r['engine']]} on {r['case']}, {r['shape']}: {r['failed']}" for r in failed)]
+
+
+def _spent(row: Row) -> str:
+    graph = f" ({row['graph_ms']:.3f})" if row.get("graph_ms") else ""
+    return f"{row['median_ms']:.3f}{graph}"
+
+
 def _around(kept: list[Row]) -> list[str]:
     lines = []
     for row in kept:
@@ -95,8 +128,10 @@ def _around(kept: list[Row]) -> list[str]:
             lines.append(f"- {row['case'].partition(':')[0].capitalize()}, {_shape(row)}, before the kernels: {spent}.")
         if "choose_ms" in row:
             parts = ("pool", "choose", "by_torch", "turn", "forward", "backward")
-            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f} ms" for p in parts)
-            lines.append(f"- {row['case'].capitalize()}, {_shape(row)}, {row['kept']:.1%} kept: {spent}.")
+            graphs = {p: f" ({row[f'{p}_graph_ms']:.2f})" for p in parts if f"{p}_graph_ms" in row}
+            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f}{graphs.get(p, '')}" for p in parts)
+            about = f"{row['case'].capitalize()}, {_shape(row)}, {row['kept']:.1%} kept"
+            lines.append(f"- {about}, milliseconds, in brackets as a CUDA graph: {spent}.")
         if "failed" in row:
             lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
     mine = [r for r in kept if r["engine"] == "ours" and "first_call_s" in r]

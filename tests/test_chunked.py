@@ -413,9 +413,13 @@ SPILLED = {
     "walk add 128": 22, "walk delta 128": 44, "walk delta channels 128": 8, "back delta 128": 16,
     "back segments delta 128": 64, "gradients channels 128": 8, "gradients delta 128": 128,
     "gradients delta channels 128": 76, "inner channels 128": 36, "inner delta channels 128": 196,
-    "pairs channels 128": 8, "pairs delta channels 128": 144,
+    "pairs channels 128": 8, "pairs delta channels 128": 144, "walk delta channels 256": 40,
+    "back delta channels 256": 8,
 }  # fmt: skip
-CHECKED = [*SPILLED, "walk segments add 128", "back add 128", "gradients add 128", "solve delta 128"]
+CHECKED = [
+    *SPILLED, "walk segments add 128", "back add 128", "gradients add 128", "solve delta 128",
+    "solve delta channels 128",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKED)

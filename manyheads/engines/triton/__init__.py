@@ -82,7 +82,7 @@ def hesitates(form: Form, x: Inputs) -> str | None:
     if x.q.device.type == "cpu":
         return "Triton's interpreter is for tests: ask for it by name"
     if isinstance(form, Recurrence):
-        return "its recurrences were checked in emulation alone: ask for it by name"
+        return None
     if isinstance(form, Selection) and (why := hopper.why_no_lists(form, x)) is not None:
         return f"it would read a map of the chosen blocks, which was not timed ({why}): ask for it by name"
     inner = form.scores if isinstance(form, Selection) else form

@@ -111,9 +111,9 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
         if q_len <= max(2 * block_size, min_budget):
             return Blocks.from_map(past)
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(wide) * scale, k.to(wide)
+        k = k.to(wide)
 
-        shown, j = q[..., -block_size:, :], torch.arange(n, device=q.device)
+        shown, j = q[..., -block_size:, :].to(wide) * scale, torch.arange(n, device=q.device)
         apart = j[-block_size:, None] - j  # query i sees key j over this distance, and over distance j the key i - j
         a = products(shown, k).masked_fill(apart < 0, -torch.inf).softmax(-1) / block_size
         columns = block_sums(a.sum(-2), block_size)
@@ -129,7 +129,7 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
         share = torch.where(aware, 0.0, gamma)
         vertical, slash = (fewest(x, share, least, first=True) for x in (columns, diagonals))
         stripes = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
-        q_means = block_means(q, block_size, offset % block_size)
+        q_means = block_means(q, block_size, offset % block_size) * scale
         pooled = products(q_means, k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
         cells = fewest(pooled.flatten(-2), gamma).view_as(pooled)
         return Blocks.from_map(past & (stripes | cells & aware[..., None]))

@@ -141,7 +141,7 @@ def prepare(call: Call, keep: bool = True) -> Prepared:
         k = None if call.beta is None else torch.empty_like(k_out)
         own = call.q, call.k, call.g, g, a, b, q, k, k_out, ends, *steps, *steps_of(call.g)
         shared = *call.sizes, *common[:3], keep, *common[3:]
-        launch(pairs, programs, (*own, *shared), num_warps=4, num_stages=1)
+        launch(pairs, programs, (*own, *shared), num_warps=call.tile("pairs").warps, num_stages=1)
     if call.beta is not None:
         t = call.like(*shape)
         own = call.k, call.g, call.beta, b, t, *steps[3:], *steps_of(call.g), *steps_of(call.beta)

@@ -28,11 +28,15 @@ class Tile(NamedTuple):
 TILES: dict[tuple[str, int, int], Tile] = {
     ("walk", 2, 128): Tile(64, 4, 2),
     ("walk", 2, 256): Tile(32, 8, 2),
+    ("walk channels", 2, 256): Tile(32, 8, 1),
     ("back", 2, 128): Tile(64, 4, 2),
     ("back", 2, 256): Tile(32, 8, 2),
+    ("back channels", 2, 256): Tile(32, 8, 1),
     ("gradients", 2, 128): Tile(64, 8, 2),
     ("gradients", 2, 256): Tile(32, 8, 1),
     ("inner", 2, 256): Tile(64, 4, 1),
+    ("pairs", 2, 128): Tile(128, 4, 1),
+    ("pairs", 2, 256): Tile(256, 8, 1),
     ("walk", 4, 128): Tile(32, 4, 2),
     ("walk", 4, 256): Tile(16, 8, 1),
     ("back", 4, 128): Tile(32, 4, 2),
@@ -40,6 +44,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("gradients", 4, 128): Tile(32, 8, 1),
     ("gradients", 4, 256): Tile(16, 8, 1),
     ("inner", 4, 256): Tile(32, 4, 1),
+    ("pairs", 4, 256): Tile(256, 8, 1),
 }
 
 
