@@ -67,6 +67,18 @@ def measured(call: Callable[[], Any], seconds: float) -> dict[str, float]:
     return dict(zip(("low_ms", "median_ms", "high_ms"), times, strict=True))
 
 
+def graphed(call: Callable[[], Any], seconds: float) -> float | None:
+    """Milliseconds as a CUDA graph; None for what cannot be one."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return measured(graph.replay, seconds)["median_ms"]
+
+
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """Raises TimeoutError inside, after so many seconds."""

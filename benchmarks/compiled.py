@@ -81,7 +81,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "q_at": None, "kv_at": None}
         common["NORMALISER"] = launching.NORMALISERS[form.normaliser]
         common |= {} if name == "dropout" else dict.fromkeys(launching.DROPOUT)
-        common |= {"order": None, "bits": None, "QUERY_BLOCK": 0, "KEY_BLOCK": 0}
+        common |= {"bits": None, "QUERY_BLOCK": 0, "KEY_BLOCK": 0}
         for width in forward.TILINGS:
             keys, stages, deep = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
@@ -108,7 +108,7 @@ SMALL = ((1, 128), (64, 32))  # blocks of queries and keys that are no tiles
 
 
 def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Hopper's over lists of such blocks, in an order of their own, for a causal mask."""
+    """Hopper's over lists of such blocks, for a causal mask."""
     from manyheads.engines.triton.hopper import backward, forward, launching
 
     form = form_of("causal")
@@ -175,8 +175,7 @@ def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constant
     numbers = {"fp32": "fp32", "inverse": "fp32", "i64": "i64", "pointer": "*fp32"}
     types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
     types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32", "seed": "*i64"}
-    types |= {"inflation": "fp32", "level": "*fp32", "powers": "*fp32", "ahead": "*i32"}
-    types |= {"order": "*i32", "bits": "*i32"}
+    types |= {"inflation": "fp32", "level": "*fp32", "powers": "*fp32", "ahead": "*i32", "bits": "*i32"}
     types |= {name: descriptor(rows) for name, rows in boxes.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in entry.arg_names}
     places = {name: (k,) for k, name in enumerate(entry.arg_names)}
@@ -238,8 +237,9 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
 
     name = launch.split()[0]
     kernel = getattr(import_module(f"manyheads.engines.triton.chunked.kernels.{name}"), name)
-    alone = {"pairs": tables.Tile(0, 4, 1), "solve": tables.Tile(0, 4, 1)}  # as call.py has them
-    tile = alone.get(name) or tables.tile(name, 2, width, width, "channels" in writes)
+    # As call.py has them.
+    alone = name == "solve"
+    tile = tables.Tile(0, 4, 1) if alone else tables.tile(name, 2, width, width, "channels" in writes)
     constants: dict[str, Any] = {"D": width, "DV": width, "PD": width, "BV": tile.columns, "BK": tile.columns}
     constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "UNIT": 1}
     constants |= {"SIMULATED": False}

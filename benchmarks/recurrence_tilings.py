@@ -18,7 +18,7 @@ from typing import Any
 
 import attention
 import torch
-from recurrences import CASES, HEAD_DIM, SHAPES, graphed, inputs, ours
+from recurrences import CASES, HEAD_DIM, SHAPES, inputs, ours
 from torch import Tensor
 
 from manyheads.engines.triton.chunked import tables
@@ -123,7 +123,7 @@ def main() -> int:
 
 
 def line(about: str, which: str, timed: Callable[[], Any], seconds: float, words: str, right: bool) -> None:
-    spent = graphed(timed, seconds) if which == "forward" else attention.measured(timed, seconds)["median_ms"]
+    spent = attention.graphed(timed, seconds) if which == "forward" else attention.measured(timed, seconds)["median_ms"]
     print(f"{about:30} {spent or float('nan'):8.3f} ms {'' if right else 'WRONG'} {words}", flush=True)
 
 

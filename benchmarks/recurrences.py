@@ -210,7 +210,7 @@ def timed(
             del grads
         memory, times = attention.beyond(call), attention.measured(call, seconds)
         count = fewest_bytes(leaves, which)
-        graph = {"graph_ms": graphed(call, seconds)} if which == "forward" and peer != "cudnn" else {}
+        graph = {"graph_ms": attention.graphed(call, seconds)} if which == "forward" and peer != "cudnn" else {}
         yield {
             **row, "pass": which, "beyond_mib": memory, **times, **graph, "gbs": round(count / times["median_ms"] / 1e6)
         }  # fmt: skip
@@ -233,7 +233,7 @@ def stepped(name: str, batch: int, wanted: list[str], seconds: float, limit: int
                 o = call()
                 torch.cuda.synchronize()
                 row |= {"first_call_s": round(time.perf_counter() - start, 3), "errors": [checked(o, true, peer)]}
-                times, graph = attention.measured(call, seconds), graphed(call, seconds)
+                times, graph = attention.measured(call, seconds), attention.graphed(call, seconds)
                 speed = 2 * state.numel() * state.element_size() / (graph or times["median_ms"]) / 1e6
                 yield {**row, "pass": "step", **times, "graph_ms": graph, "gbs": round(speed)}
         except Exception as e:
@@ -272,18 +272,6 @@ def checked(found: Tensor, true: Tensor, peer: str) -> float:
     if not error < BOUND:
         raise RuntimeError(f"wrong: a relative error of {error:.2g}")
     return round(error, 5)
-
-
-def graphed(call: Callable[[], Any], seconds: float) -> float | None:
-    """Milliseconds as a CUDA graph; None for what cannot be one."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return attention.measured(graph.replay, seconds)["median_ms"]
 
 
 def table(rows: list[dict[str, Any]], wanted: list[str]) -> str:

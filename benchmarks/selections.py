@@ -2,12 +2,10 @@
 
     python benchmarks/selections.py                                     all lengths, blocks and widths
     python benchmarks/selections.py --lengths 32768 --blocks 128 --peers ours flex
-    python benchmarks/selections.py --uneven --peers ours unordered all-heads
     python benchmarks/selections.py --query-blocks 1 16 64 --blocks 512 64 --peers ours
 
 Each 128 queries look at a share of the key blocks before them, drawn at random, and causally at their own ones.
---uneven: at 0.4, 0.8, 1.2 or 1.6 times that share, by chance; "unordered" does not begin with the longest lists, and
-"all-heads" does so among all heads, where ours keeps those of a head together. --query-blocks: so many queries instead.
+--query-blocks: so many queries instead.
 Every engine is checked first against float64: o, dq, dk and dv of the last queries of the first heads. A row is one
 engine, forward or backward, as benchmarks/attention.py has them; useful TFLOP/s count the pairs that are chosen and
 allowed. Building tables of lists is in our times and not in FlexAttention's, whose BlockMask is made before. The row
@@ -22,7 +20,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,7 +34,6 @@ from torch import Tensor
 from manyheads.core.checks import build_inputs
 from manyheads.core.choosing import block_means, products
 from manyheads.core.forms import Blocks, Scores, Selection
-from manyheads.core.tiling import choose
 from manyheads.engines import eager
 from manyheads.engines import triton as kernels
 
@@ -55,22 +51,18 @@ SCORES = Scores(mask=causal)
 # ---- which blocks ----
 
 
-def liked(likes: Tensor, block: int, share: float, queries: int = QUERIES, uneven: bool = False) -> Blocks:
+def liked(likes: Tensor, block: int, share: float, queries: int = QUERIES) -> Blocks:
     """The best `share` of the key blocks before a block of queries, and its own. likes: float [batch, heads, query
     blocks, key blocks]."""
     rows, columns = likes.shape[-2:]
     own, before = max(1, queries // block), torch.arange(rows, device=likes.device) * queries // block
     past = torch.arange(columns, device=likes.device) < before[:, None]
-    number = share * before.expand(likes.shape[:-1])
-    if uneven:
-        number = number * 0.4 * torch.randint(1, 5, number.shape, device=likes.device)
-    number = torch.minimum(number.ceil(), before)
-    most = min(columns, math.ceil((1.6 if uneven else 1) * share * columns))
-    top = likes.masked_fill(~past, -torch.inf).topk(most, dim=-1).indices
-    rank = torch.arange(most + own, device=likes.device)
+    number = (share * before).ceil()
+    top = likes.masked_fill(~past, -torch.inf).topk(math.ceil(share * columns), dim=-1).indices
+    rank = torch.arange(top.shape[-1] + own, device=likes.device)
     self_too = (before[:, None] + torch.arange(own, device=likes.device)).expand(*likes.shape[:-1], own)
-    there = (rank < own) | (rank - own < number[..., None])
-    return Blocks.from_indices(torch.cat([self_too, top], -1), there)
+    there = (rank < own) | (rank - own < number[:, None])
+    return Blocks.from_indices(torch.cat([self_too, top], -1), there.expand(*likes.shape[:-1], -1))
 
 
 def pooled(q: Tensor, k: Tensor, block: int, share: float, queries: int = QUERIES) -> Blocks:
@@ -140,25 +132,7 @@ def block_mask(blocks: Blocks, block: int) -> Any:
     )
 
 
-def ordered(order: Any) -> Callable[[Selection, Blocks, int], Run]:
-    """Ours, with another order of programs."""
-
-    def peer(form: Selection, blocks: Blocks, block: int) -> Run:
-        from manyheads.engines.triton import hopper, launch
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            x = build_inputs(form, q, k, v, None, None, None, None, {})
-            chosen = replace(hopper.selected.chosen_of(form, x, choose(form, x)), order=order)
-            return launch.attend(form.scores, x, chosen)[0]
-
-        return run
-
-    return peer
-
-
-PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {
-    "ours": ours, "unordered": ordered(None), "all-heads": ordered("all"), "flex": flex,
-}  # fmt: skip
+PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "flex": flex}
 
 
 # ---- rows ----
@@ -174,12 +148,12 @@ def truth(form: Selection, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[
 
 
 def bench(
-    shape: Shape, queries: int, block: int, share: float, uneven: bool, wanted: list[str], passes: list[str],
-    seconds: float, limit: int,
+    shape: Shape, queries: int, block: int, share: float, wanted: list[str], passes: list[str], seconds: float,
+    limit: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
     likes = torch.rand(shape.batch, shape.heads, shape.length // queries, shape.length // block, device="cuda")
-    blocks = liked(likes, block, share, queries, uneven)
+    blocks = liked(likes, block, share, queries)
     del likes
 
     def leaf(heads: int) -> Tensor:
@@ -190,7 +164,7 @@ def bench(
     last = torch.zeros_like(do)  # the part of do that `truth` knows
     last[:, : shape.heads // shape.kv_heads, -LAST:] = do[:, : shape.heads // shape.kv_heads, -LAST:]
     true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block, queries) * shape.head_dim
-    case = f"blocks of {block}" + (f" for {queries}" if queries != QUERIES else "") + (", uneven" if uneven else "")
+    case = f"blocks of {block}" + (f" for {queries}" if queries != QUERIES else "")
     about = {"case": case, **shape._asdict(), "dtype": "bfloat16", "share": share}
     for peer in (p for p in PEERS if p in wanted):
         row = {**about, "engine": peer}
@@ -279,7 +253,6 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32 * K, 128 * K])
     parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], help="keys in a block")
     parser.add_argument("--query-blocks", nargs="+", type=int, default=[QUERIES], help="queries in a block")
-    parser.add_argument("--uneven", action="store_true", help="shares that differ from list to list")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
     parser.add_argument("--share", type=float, default=0.1, help="of the key blocks before a query")
     parser.add_argument("--passes", nargs="+", default=list(attention.PASSES), choices=attention.PASSES)
@@ -299,7 +272,7 @@ def main() -> int:
             for queries, block in product(given.query_blocks, given.blocks):
                 print(f"[{time.perf_counter() - start:.0f} s] blocks of {queries} and {block}, {shape}", flush=True)
                 how = given.peers, given.passes, given.seconds, given.limit
-                for row in bench(shape, queries, block, given.share, given.uneven, *how):
+                for row in bench(shape, queries, block, given.share, *how):
                     add(row)
             if "cudnn" in given.peers:
                 for row in attention.bench(

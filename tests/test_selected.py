@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -411,65 +410,6 @@ def test_one_block_alone(listed, query_block, key_block, turned):
                 assert entries == {t: t in partly for t in tiles}
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("query_block", "key_block"), [(128, 128), (128, 64), (16, 128)])
-def test_the_longest_lists_come_first(listed, query_block, key_block, turned):
-    """Each program once; of each head, or of all, the heaviest first. Keys work for all heads that share them."""
-    x = inputs(900, 900, heads=4, kv_heads=2, batch=2)
-    chosen = chosen_of(selection(SCORES["full"], x, query_block, key_block, share=0.1), x)
-    tile = (128, 64 if chosen.halves else 128)
-    found = chosen.table_of(SCORES["full"].program, x, tile, {}, turned)
-    rows = 8 * (128 // tile[1]) if turned else 8
-    numbers = rows_of(found, 2, 4, rows)
-    heads = [(b, h) for b in range(2) for h in range(2 if turned else 4)]
-
-    def work(program):  # as kernels take it to a head and a row
-        (b, h), place = heads[program // 8], program % 8
-        if not turned:
-            return len(numbers[b, h, 7 - place])
-        own = range(place * (rows // 8), (place + 1) * (rows // 8))
-        return sum(len(numbers[b, 2 * h + member, row]) for member in range(2) for row in own)
-
-    order = found.order.tolist()
-    assert found.order.dtype == torch.int32 and sorted(order) == list(range(8 * len(heads)))
-    for n, programs in enumerate(found.order.view(-1, 8).tolist()):
-        assert {p // 8 for p in programs} == {n}
-        assert programs == sorted(programs, key=lambda p: (-work(p), p))
-    among_all = replace(chosen, order="all").table_of(SCORES["full"].program, x, tile, {}, turned).order.tolist()
-    assert among_all == sorted(order, key=lambda p: (-work(p), p)) != order
-
-
-def test_kernels_take_the_order(listed, monkeypatch):
-    """If all programs are the fourth one, nothing but what it makes is written."""
-    x = inputs(300, 300, heads=2, kv_heads=2)
-    form = selection(SCORES["causal"], x)
-    o, lse = hopper.run(form.scores, x, chosen_of(form, x))
-    nan = lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)  # noqa: E731
-    monkeypatch.setattr(selected.quick, "empty", nan)
-    monkeypatch.setattr(selected, "heaviest_first", lambda work, _: torch.full((6,), 3, dtype=torch.int32))
-    made = (
-        hopper.run(form.scores, x, chosen_of(form, x))[0],
-        *hopper.gradients(form.scores, x, o, lse, o, None, chosen=chosen_of(form, x)),
-    )
-    for t, rows in zip(made, (slice(256, 300), slice(256, 300), slice(128), slice(128)), strict=True):
-        written = torch.zeros(1, 2, 300, dtype=torch.bool)
-        written[:, 1, rows] = True
-        assert t is not None and t.isfinite().all(-1).equal(written)
-
-
-def test_even_lists_need_no_order(listed):
-    x = inputs(400, 400)
-    for chosen, expected in (
-        (replace(chosen_of(selection(SCORES["full"], x), x), even=True), (False, True)),
-        (replace(chosen_of(selection(SCORES["full"], x), x), order=None), (False, False)),
-    ):
-        made = [chosen.table_of(SCORES["full"].program, x, (128, 128), {}, turned) for turned in (False, True)]
-        assert tuple(table.order is not None for table in made) == expected
-    form = selection(SCORES["full"], x)
-    assert chosen_of(replace(form, even=True), x).even
-    assert not chosen_of(replace(form, even=True, query_block=32), x).even, "what a tile unites is not"
-
-
 def test_bits_say_what_is_listed(listed):
     """Of lists with anything behind what they mean, 1500 query blocks, and a first query inside of a block."""
     x = inputs(6000, 6016, heads=2, dim=8)
@@ -532,21 +472,19 @@ def test_tilings_fit_blocks():
 # ---- the benchmark ----
 
 
-@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(("queries", "block"), [(1, 256), (16, 64), (64, 32), (128, 64), (128, 128), (256, 32)])
-def test_the_benchmark_counts_pairs(monkeypatch, queries, block, uneven):
+def test_the_benchmark_counts_pairs(monkeypatch, queries, block):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
     import selections
 
     n, i = 1280, torch.arange(1280)
-    blocks = selections.liked(torch.rand(1, 4, n // queries, n // block), block, 0.25, queries, uneven)
+    blocks = selections.liked(torch.rand(1, 4, n // queries, n // block), block, 0.25, queries)
     keep = blocks.to_map(n // block)
     allowed = keep[:, :, i // queries][..., i // block] & (i <= i[:, None])
     assert selections.pairs(blocks, block, queries) == allowed.sum()
     own = max(1, queries // block)
     before = torch.arange(n // queries) * queries // block
     assert (blocks.counts - own <= before).all() and keep.sum(-1).equal(blocks.counts)
-    assert (blocks.counts != blocks.counts[:, :1]).any() == uneven, "the same in all heads"
 
 
 @pytest.mark.parametrize("block", [64, 128])

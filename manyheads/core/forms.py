@@ -212,15 +212,13 @@ class Selection(Form):
     select(q, k, *, scale, offset) -> Blocks: q [batch, heads, q_len, head_dim] stands at positions offset,
     offset + 1, ...; k [batch, kv_heads, kv_len, head_dim] at 0, 1, .... Block n of either side holds the positions
     n * block to (n + 1) * block - 1, and the first listed query block is offset // query_block. No gradient flows
-    through the choice unless select lets it. even: all query blocks get about as many key blocks, as with a fixed
-    number of them, so that it is the same in which order they are worked on.
+    through the choice unless select lets it.
     """
 
     select: Callable[..., Blocks]
     scores: Scores
     query_block: int
     key_block: int
-    even: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

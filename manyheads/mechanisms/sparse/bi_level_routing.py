@@ -53,9 +53,7 @@ def bi_level_routing(region_size: int = 64, top_k: int = 4) -> Selection:
         blocks, heads = best_blocks(likes[:, None], top_k), q.shape[1]
         return Blocks(blocks.indices.expand(-1, heads, -1, -1), blocks.counts.expand(-1, heads, -1))
 
-    return Selection(
-        select=select, scores=Scores(), query_block=region_size, key_block=region_size, even=True
-    )  # fmt: skip
+    return Selection(select=select, scores=Scores(), query_block=region_size, key_block=region_size)
 
 
 def region_order(height: int, width: int, side: int) -> torch.Tensor:

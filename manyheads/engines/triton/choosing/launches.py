@@ -124,14 +124,14 @@ def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
 def transposed(indices: Tensor, counts: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     batch, heads, query_blocks, width = indices.shape
     chunks, rows = cdiv(query_blocks, turning.BITS.value), batch * heads
-    words = torch.zeros(rows, chunks, key_blocks, dtype=torch.int32, device=indices.device)
-    begins = words.new_zeros(rows * key_blocks + 1)
-    numbers, out = torch.empty_like(begins[1:]), begins.new_empty(indices.numel())
+    sizes = rows * chunks * key_blocks, 1 + rows * key_blocks  # a 0 comes before all numbers
+    words, numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=indices.device).split(sizes)
+    out = words.new_empty(indices.numel())
     lists, entries = (words, indices.contiguous(), counts.contiguous()), indices.numel()
     _launch(mark, cdiv(entries, MARKED), (*lists, entries, max(1, width), query_blocks, chunks, key_blocks, MARKED))
     programs = rows * cdiv(key_blocks, turning.COLUMNS)
-    _launch(turning.count, programs, (words, numbers, chunks, key_blocks, turning.COLUMNS))
-    torch.cumsum(numbers, 0, dtype=torch.int32, out=begins[1:])
+    _launch(turning.count, programs, (words, numbers[1:], chunks, key_blocks, turning.COLUMNS))
+    begins = numbers.cumsum(0, dtype=torch.int32)
     _launch(turning.place, programs, (words, begins, out, chunks, key_blocks, turning.COLUMNS))
     return out, begins
 

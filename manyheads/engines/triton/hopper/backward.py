@@ -16,7 +16,6 @@ from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import keys, queries, rows
 from manyheads.engines.triton.hopper.launching import (
     BLOCK_SIZES,
-    BLOCKS,
     DROPOUT,
     NORMALISERS,
     SIZES,
@@ -97,7 +96,7 @@ KEYS = Kernel(
     keys, "keys",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "top_desc", "delta_desc", "dk_desc", "dv_desc", "q_at", "kv_at",
-        "table", *COUNTS, "scale", *DROPOUT, *BLOCKS, "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr",
+        "table", *COUNTS, "scale", *DROPOUT, "bits", "Q_STAGES: tl.constexpr", "DO_STAGES: tl.constexpr",
         "KIND: tl.constexpr", "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr",
         "DK: tl.constexpr", "DV: tl.constexpr", "LATE: tl.constexpr", "HALVES: tl.constexpr", *BLOCK_SIZES,
     ),
@@ -107,7 +106,7 @@ QUERIES = Kernel(
     queries, "queries",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "dq_desc", "top", "delta", "q_at", "kv_at", "table", *COUNTS, "scale",
-        *DROPOUT, *BLOCKS, "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr",
+        *DROPOUT, "bits", "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr",
         "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
         *BLOCK_SIZES,
     ),
@@ -152,9 +151,6 @@ class _Call:
         """A table's values and strides."""
         return self.top if table is None else table.values, *steps_of(table, (self.x.batch, self.x.heads, tiles))
 
-    def blocks(self, table: Table | None) -> tuple[Any, ...]:
-        return None if table is None else table.order, self.bits
-
     def kinds(self, table: Table | None, sticks_out: bool) -> tuple[Any, ...]:
         """What the compiler must know: the kind of table, and whether there are tiles to mask."""
         kind = EVERY if table is None else table.kind
@@ -172,7 +168,7 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
                 descriptor(x.q, queries), descriptor(call.do, queries), descriptor(x.k, ROWS // 2),
                 descriptor(x.v, ROWS // 2), _lines(call.top, queries), _lines(call.delta, queries),
                 descriptor(dk, ROWS // 2), descriptor(dv, ROWS // 2), *call.at,
-                *call.steps(table, parts * tiles), *call.numbers, *call.blocks(table), q_stages, do_stages,
+                *call.steps(table, parts * tiles), *call.numbers, call.bits, q_stages, do_stages,
                 *call.kinds(table, x.q_len % queries != 0), *which, late, halves, *call.block_sizes,
             )  # fmt: skip
             KEYS.run(x.batch * x.kv_heads * tiles, own, call.source, call.arguments)
@@ -186,7 +182,7 @@ def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
     own = (
         descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys), descriptor(x.v, keys),
         descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers,
-        *call.blocks(table), k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
+        call.bits, k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
     )  # fmt: skip
     QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
     return dq

@@ -103,7 +103,7 @@ def levels_of(form: Scores, x: Inputs) -> Tensor:
     source = source_of(product, x, ("mask", "score"))
     arguments = source.arguments(x.q.device, **operands)
     table = table_of(product.program, x, (forward.QUERIES, keys), operands)
-    kind, values, _ = table or Table(EVERY, tau)
+    kind, values = table or Table(EVERY, tau)
     shape = x.batch, x.heads, cdiv(x.q_len, forward.QUERIES)
     ahead = torch.empty(math.prod(shape), 2, dtype=torch.int32, device=x.q.device)
     at, starts, steps = places((x.q_positions, x.kv_positions), x.q_len, x.kv_len, x.q.device)

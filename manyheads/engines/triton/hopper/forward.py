@@ -18,7 +18,6 @@ from manyheads.engines.triton.hopper import tables
 from manyheads.engines.triton.hopper.kernels import attend
 from manyheads.engines.triton.hopper.launching import (
     BLOCK_SIZES,
-    BLOCKS,
     DROPOUT,
     NORMALISERS,
     SIZES,
@@ -65,7 +64,7 @@ ATTEND = Kernel(
     attend, "attend",
     (
         "q_desc", "k_desc", "v_desc", "o_desc", "lse", "sink", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
-        *DROPOUT, *BLOCKS, "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
+        *DROPOUT, "bits", "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
         "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr", *BLOCK_SIZES,
     ),
     (*STEPS, *SIZES, "threshold"), ("mask", "score"),
@@ -88,7 +87,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
     q, scale = x.q, float(x.scale)
     if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    kind, values, order = table or Table(EVERY, lse)
+    kind, values = table or Table(EVERY, lse)
     bits, *sizes = bits_of(chosen)
     shape = batch, heads, cdiv(q_len, QUERIES)
     at, starts, steps = places((x.q_positions, x.kv_positions), q_len, x.kv_len, q.device)
@@ -96,7 +95,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
         descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        *dropping(x), order, bits, stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
+        *dropping(x), bits, stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
         NORMALISERS[form.normaliser], deep, *sizes,
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)

@@ -55,7 +55,7 @@ _ENTRIES: dict[tuple[str, str], Any] = {}  # by kernel and text
 SIZES = ("heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step")
 STEPS = ("table_batch", "table_head", "table_row")
 DROPOUT = ("seed", "threshold", "inflation")
-BLOCKS, BLOCK_SIZES = ("order", "bits"), ("QUERY_BLOCK: tl.constexpr", "KEY_BLOCK: tl.constexpr")
+BLOCK_SIZES = ("QUERY_BLOCK: tl.constexpr", "KEY_BLOCK: tl.constexpr")
 
 
 def source_of(form: Scores, x: Inputs, functions: tuple[str, ...]) -> Source:

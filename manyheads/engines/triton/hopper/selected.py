@@ -10,7 +10,6 @@ tables = chosen_of(form, x, choose(form, x)); tables.table_of(form.scores.progra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +21,10 @@ from manyheads.core.inputs import Inputs
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import listing, uniting
-from manyheads.engines.triton.hopper.ordering import QUERIES, heaviest_first, work_of
 from manyheads.engines.triton.hopper.tables import JUMPS, LISTS, Table, tiles_of
 from manyheads.engines.triton.lists import Kept, key_of
 
-KEYS = 64  # the narrowest tile of keys of a forward pass
+QUERIES, KEYS = 128, 64  # a tile of queries, and of keys backward; the narrowest of keys forward
 PARTS = (16, 32)  # blocks of keys that a tile may have several of
 WORD = 32  # query blocks, and queries, that have one word of bits
 MOST = 2**31 - 1  # numbers in a table
@@ -53,15 +51,12 @@ def why_not(form: Selection, x: Inputs) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The blocks that were chosen, and what cuts them into tiles. even: lists of all query blocks are about as long.
-    order: where the longest lists come first, in each head or in all of them. bits: int32 [batch, heads, words, key
-    blocks] where blocks are no tiles, see kernels/uniting.py."""
+    """The blocks that were chosen, and what cuts them into tiles. bits: int32 [batch, heads, words, key blocks]
+    where blocks are no tiles, see kernels/uniting.py."""
 
     blocks: Blocks
     query_block: int
     key_block: int
-    even: bool = False
-    order: Literal["heads", "all"] | None = "heads"
     bits: Tensor | None = None
 
     @property
@@ -75,12 +70,8 @@ class Chosen:
         """As tables.table_of, of the pairs that were chosen and that the mask allows."""
         states = states_of(program, x, tile, operands, turned)
         if self.bits is not None:
-            made = self._united(self.bits, x, tile, states, turned)
-        else:
-            made = self._turned(x, tile, states) if turned else self._lists(x, tile, states)
-        if self.order is None or (self.even and not turned):
-            return made
-        return made._replace(order=heaviest_first(work_of(made, x, tile, turned), self.order == "all"))
+            return self._united(self.bits, x, tile, states, turned)
+        return self._turned(x, tile, states) if turned else self._lists(x, tile, states)
 
     def _lists(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
         indices, counts = self.blocks.indices.contiguous(), self.blocks.counts.contiguous()
@@ -134,7 +125,7 @@ def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
     """Of what `form` chose for x, which why_not let pass."""
     whole = not (form.query_block % QUERIES or form.key_block % KEYS or _first(x, QUERIES))
     bits = None if whole else marked(blocks, x, form.query_block, form.key_block)
-    return Chosen(blocks, form.query_block, form.key_block, even=form.even and whole, bits=bits)
+    return Chosen(blocks, form.query_block, form.key_block, bits)
 
 
 def bits_of(chosen: Chosen | None) -> tuple[Tensor | None, int, int]:

@@ -21,12 +21,10 @@ EVERY, RANGES, LISTS, JUMPS = 0, 1, 2, 3  # kinds of tables, as in kernels/commo
 
 class Table(NamedTuple):
     """values: int32 [batch | 1, heads | 1, rows of tiles, n], see `ranges` and `lists`; for JUMPS flat, with a number
-    for each row of tiles in front. order: int32, the programs in the order in which they are worked on, if not 0, 1,
-    2, ...."""
+    for each row of tiles in front."""
 
     kind: int
     values: Tensor
-    order: Tensor | None = None
 
     def to(self, device: torch.device) -> Table:
         return Table(self.kind, self.values.to(device, non_blocking=True))

@@ -243,7 +243,7 @@ def _consumer(
 def attend(
     q_desc, k_desc, v_desc, o_desc, lse, sink, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, seed, threshold, inflation,
-    order, bits, STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr,
+    bits, STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr,
     NORMALISER: gl.constexpr, DEEP: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
@@ -252,8 +252,7 @@ def attend(
     table: int32, see RANGES and LISTS; table_batch, table_head, table_row: its strides, 0 where it is shared.
     q_at, kv_at: if POSITIONS, int32 positions [batch, len], -1 for an absent token.
     seed, threshold, inflation: of dropout, see core/dropout.py, or None three times.
-    order: int32, in which order programs are worked on, or None. bits, QUERY_BLOCK, KEY_BLOCK: of blocks that are no
-    tiles, see listed.py, or None, 0 and 0.
+    bits, QUERY_BLOCK, KEY_BLOCK: of blocks that are no tiles, see listed.py, or None, 0 and 0.
     A: what the functions score(s, b, h, i, j, A) and mask(b, h, i, j, A) read. MASKED: there are tiles to mask.
     """
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -263,8 +262,6 @@ def attend(
     dtype: gl.constexpr = q_desc.dtype
     q_tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
-    if order is not None:
-        pid = gl.load(order + pid)
     at = q_tiles - 1 - pid % q_tiles  # the last queries see most in a causal mask: longest first
     head_of_all = pid // q_tiles
     b = head_of_all // heads

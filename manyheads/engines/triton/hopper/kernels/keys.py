@@ -225,13 +225,13 @@ def _consumer(
 def keys(
     q_desc, do_desc, k_desc, v_desc, top_desc, delta_desc, dk_desc, dv_desc, q_at, kv_at, table, table_batch,
     table_head, table_row, heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    seed, threshold, inflation, order, bits, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr,
+    seed, threshold, inflation, bits, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KIND: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     LATE: gl.constexpr, HALVES: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
     """dK (if DK) and dV (if DV) of a tile of keys, over the query heads that share it, in their order. Grid: tiles *
-    kv_heads * batch. table: as in the forward pass, with the sides exchanged; order, bits: as there. HALVES: the table
+    kv_heads * batch. table: as in the forward pass, with the sides exchanged; bits: as there. HALVES: the table
     has a row for every 64 keys, and each consumer its own q and dO."""
     ROWS: gl.constexpr = k_desc.block_shape[2]
     QUERIES: gl.constexpr = q_desc.block_shape[2]
@@ -240,8 +240,6 @@ def keys(
     dtype: gl.constexpr = q_desc.dtype
     tiles = (kv_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
-    if order is not None:
-        pid = gl.load(order + pid)
     at = pid % tiles  # the first keys are seen by most in a causal mask: longest first
     kv_heads = heads // group
     b = pid // tiles // kv_heads

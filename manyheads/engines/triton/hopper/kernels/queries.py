@@ -132,12 +132,12 @@ def _consumer(
 def queries(
     q_desc, do_desc, k_desc, v_desc, dq_desc, top, delta, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
-    seed, threshold, inflation, order, bits, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
+    seed, threshold, inflation, bits, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table, order, bits: as in the forward pass."""
+    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table, bits: as in the forward pass."""
     ROWS: gl.constexpr = q_desc.block_shape[2]
     KEYS: gl.constexpr = k_desc.block_shape[2]
     DIM: gl.constexpr = k_desc.block_shape[3]
@@ -145,8 +145,6 @@ def queries(
     dtype: gl.constexpr = q_desc.dtype
     tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
-    if order is not None:
-        pid = gl.load(order + pid)
     at = tiles - 1 - pid % tiles
     head_of_all = pid // tiles
     b = head_of_all // heads
