@@ -19,9 +19,10 @@ from manyheads.engines.triton.chunked import op
 
 
 def by_value(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: None, state: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As core/recurrence.py wants it of an engine, with heads that share no keys."""
+    assert beta is None, "only keys are corrected"
     o, end = _ByValue.apply(q, k, v, g, None if state is None else state.mT, scale)  # type: ignore[misc]  torch says Any
     return o, end.mT
 

@@ -84,7 +84,7 @@ def _in_blocks(
     """A and B in blocks of 16."""
     dtype = K.dtype.element_ty
     columns, tokens, within = tl.arange(0, PD), tl.arange(0, C), tl.arange(0, SUB)
-    for block in tl.static_range(C // SUB - 1):
+    for block in tl.static_range(C // SUB - 1):  # type: ignore[misc]  (its types are for Python)
         behind = (tokens >= (block + 1) * SUB)[:, None]
         turn = tl.sum(tl.where((tokens == block * SUB + SUB - 1)[:, None], sum_g, 0.0), 0, keep_dims=True)
         own = load(K, k_n * UNIT, first + block * SUB, kv_len, columns, SUB, D)
