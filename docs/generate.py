@@ -124,10 +124,12 @@ def files() -> dict[Path, str]:
     sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments are no part of the installed package
     experiments, benchmarks = import_module("experiments.page"), import_module("benchmarks.page")
     sparse, lines = import_module("experiments.mass_page"), import_module("experiments.mass_lines")
+    curves = import_module("experiments.curves")
     rows, masses = experiments.rows(), lines.rows()
     return {
         PAGE: page(), EXPERIMENTS: experiments.page(rows, PICTURE.name), PICTURE: experiments.picture(rows),
         BENCHMARKS: benchmarks.page(benchmarks.rows()),
+        **{PAGE.with_name(f"curves_{name}.svg"): text for name, text in curves.pictures(rows).items()},
         SPARSE: sparse.page(masses, LINES.name), LINES: lines.picture(masses),
     }  # fmt: skip
 

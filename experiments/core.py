@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from manyheads import Attention, layers, names
+from manyheads.core import Recurrence
 
 Numbers = Mapping[str, Mapping[int, Mapping[str, float]]]  # of a variant, of a seed, by name
 Verdict = tuple[bool, str]
+
+SLOW = {"fade": -4.0}  # for gates that are softplus: decays of 0.98 at first, not of a half, which nothing survives
 
 
 class Missing(LookupError):
@@ -42,8 +45,9 @@ class Claim:
 class Experiment:
     """Variants of one training run that differ in one thing.
 
-    run: (variant, seed, device, steps) -> numbers by name, `metric` among them. steps: what a variant is trained for.
-    better: "low" or "high". on: "cpu" if the run is so small that a GPU would only be in the way.
+    run: (variant, seed, device, steps) -> numbers by name, `metric` and `also` among them. steps: what a variant is
+    trained for. better: "low" or "high". on: "cpu" if the run is so small that a GPU would only be in the way. also:
+    what else claims are about.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Experiment:
     steps: int
     claims: tuple[Claim, ...] = ()
     on: str = ""
+    also: tuple[str, ...] = ()
 
 
 def values(numbers: Numbers, variant: str, metric: str) -> list[float]:
@@ -111,10 +116,26 @@ def paired(numbers: Numbers, variant: str, other: str, metric: str) -> list[floa
     return [ours[seed][metric] - theirs[seed][metric] for seed in sorted(ours) if seed in theirs]
 
 
+class Mixer(Attention):
+    """Attention; a recurrence without a normaliser has an RMS norm of what each head gives, as in its paper's layer.
+    fade: what is added at first to what log decays are made of."""
+
+    def __init__(self, *sizes: Any, fade: float = 0.0, **settings: Any):
+        super().__init__(*sizes, **settings)
+        if fade:
+            source: Any = self.operands["g"]
+            nn.init.constant_(source.weight.bias, fade)
+        bare = isinstance(self.form, Recurrence) and self.form.normaliser == "none"
+        self.norm = nn.RMSNorm(self.head_dim) if bare else nn.Identity()
+
+    def forward(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
+        return self.o(self.norm(self.attend(x, present=present)).transpose(1, 2).flatten(2))
+
+
 def build(name: str, dim: int, heads: int, /, **settings: Any) -> nn.Module:
-    """A mechanism in `Attention`, or a layer, by name."""
+    """A mechanism in `Mixer`, or a layer, by name."""
     if name in names():
-        return Attention(dim, heads, name, **settings)
+        return Mixer(dim, heads, name, **settings)
     found = layers.get(name)
     known = {"dim": dim, "heads": heads}
     return found(**{k: v for k, v in known.items() if k in found.required or k in found.settings}, **settings)
@@ -146,6 +167,8 @@ def fit(
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     cuda = parameters[0].is_cuda
+    if cuda:
+        to_kernels(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=decay, fused=cuda)
     start, last = time.perf_counter(), torch.zeros(())
     for step in range(steps):
@@ -165,6 +188,14 @@ def fit(
         raise ArithmeticError(f"the loss is {last.item()} after {steps} steps")
     model.eval()
     return (time.perf_counter() - start) / max(1, steps - steps // 10)
+
+
+def to_kernels(model: nn.Module) -> None:
+    """Recurrences whose decays or strengths are computed from tokens are slow in plain torch; the kernels for them have
+    to be asked for by name."""
+    for module in model.modules():
+        if isinstance(module, Attention) and isinstance(module.form, Recurrence) and module.form.operands:
+            module.engine = "triton"
 
 
 def count(model: nn.Module | Iterable[nn.Module]) -> int:

@@ -56,6 +56,8 @@ def page(found: Iterable[Mapping[str, Any]], picture: str = "experiments.svg") -
         if name == "tiny_lm":
             parts += [f"![Loss and seconds a step]({picture})", ""] if by_name[name] else []
             parts += [f"Left out: {'; '.join(f'`{k}` {why}' for k, why in LEFT_OUT.items())}.", ""]
+        if any(row.get("curve") for of_seeds in by_name[name].values() for row in of_seeds.values()):
+            parts += [f"![{experiment.metric} in training](curves_{name}.svg)", ""]
         parts += table(experiment, by_name[name])
         parts += errors(r for r in full if r["experiment"] == name and "error" in r)
     return "\n".join(parts)

@@ -27,6 +27,7 @@ from manyheads.layers.sparse.ssa import draw_mode
 
 DIM, HEADS, BLOCKS, LENGTH, BATCH, FF = 128, 4, 2, 128, 32, 4 * 128
 STEPS = 1000
+SPAN = 50
 PIECE = 16 * 1024  # of ten pieces of text in a row the last is for validation
 # Of what layers add to the loss, as their papers have them; alignment is a mean over layers, the others are sums.
 WEIGHTS = {"load_balance": 0.01, "router_z": 0.001, "alignment": 10 / BLOCKS}
@@ -170,20 +171,27 @@ def attention(variant: Variant, block: int) -> nn.Module:
 
 
 def run(name: str, seed: int, device: str, steps: int) -> dict[str, Any]:
+    return trained(variants()[name], seed, device, steps)
+
+
+def trained(variant: Variant, seed: int, device: str, steps: int) -> dict[str, Any]:
+    """The loss on text held out, and in training the mean of each SPAN steps, [steps, loss]."""
     torch.manual_seed(seed)
-    variant = variants()[name]
     model = TinyLM(variant).to(device)
     train, validation, sha256 = text()
     train, validation = train.to(device), validation.to(device)
     order = torch.Generator().manual_seed(1000 + seed)
     starts = torch.randint(len(train) - LENGTH - 1, (steps, BATCH, 1), generator=order).to(device)
     window = torch.arange(LENGTH + 1, device=device)
+    seen: list[Tensor] = []
 
     def loss(step: int) -> Tensor:
         draw_mode(model)
         tokens, extra = train[starts[step] + window], []
         logits = model(tokens[:, :-1], extra)
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + sum(extra)
+        own = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        seen.append(own.detach())
+        return own + sum(extra)
 
     seconds = fit(model, loss, steps, lr=2e-3, decay=0.1, warmup=100)
     judged = TinyLM(variant.judged or variant).to(device).eval()
@@ -193,6 +201,7 @@ def run(name: str, seed: int, device: str, steps: int) -> dict[str, Any]:
     return {
         "loss": validate(judged, validation, batches, variant.prefixes), **leaking,
         "parameters": count(model), "ff": model.ff,
+        "curve": [[SPAN * (n + 1), part.mean().item()] for n, part in enumerate(torch.stack(seen).split(SPAN))],
         "seconds_per_step": seconds, "text_sha256": sha256,
     }  # fmt: skip
 

@@ -10,20 +10,27 @@ import torch
 
 pytest.importorskip("pydoc_data.topics", reason="the text to train on")
 
-from experiments import core, jobs, page, run, tiny_lm, toys
+from experiments import conversion, core, curves, jobs, linear_lm, page, run, tiny_lm, toys
 from experiments.core import Claim, Experiment, above, below, lower
 from experiments.toys import (
+    copying,
     filtering,
     find_block,
+    list_ops,
+    long_flag,
+    long_lag,
     match_three,
+    mqar,
     needle,
     rank,
     recall,
     relations,
     relay,
+    state_tracking,
     supporting_facts,
 )
-from experiments.toys.common import squares
+from experiments.toys.common import IGNORED, answered, squares, width
+from manyheads import get, layers, names
 
 
 def rows_of(path):
@@ -32,7 +39,7 @@ def rows_of(path):
 
 def test_each_file_has_the_experiment_of_its_name():
     files = {path.stem for path in Path(toys.__file__).parent.glob("*.py")} - {"__init__", "common"}
-    assert set(run.experiments()) == {"tiny_lm", *files}
+    assert set(run.experiments()) == {"tiny_lm", "linear_lm", "conversion", *files}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +103,13 @@ def test_unknown_names_are_refused(capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", tiny_lm.variants())
+LANGUAGE_MODELS = {**tiny_lm.variants(), **linear_lm.VARIANTS}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models_are_causal_and_of_one_size(name):
     torch.manual_seed(0)
-    variant = tiny_lm.variants()[name]
+    variant = LANGUAGE_MODELS[name]
     model = tiny_lm.TinyLM(variant).eval()
     tokens = torch.randint(256, (1, 40))
     other = tokens.clone()
@@ -122,11 +132,188 @@ def test_a_language_model_learns_and_data_come_in_the_same_order():
 def test_claims_name_variants_and_metrics_that_exist(experiment):
     class Row(dict):
         def __missing__(self, key):
-            assert key == experiment.metric
+            assert key in (experiment.metric, *experiment.also)
             return 0.95
 
     for claim in experiment.claims:
         claim.verdict({variant: {0: Row()} for variant in experiment.variants})
+
+
+def test_all_that_is_linear_and_causal_is_a_language_model():
+    published = [*map(get, names()), *map(layers.get, layers.names())]
+    causal = {one.name for one in published if one.family == "linear" and (one.causal or "causal" in one.settings)}
+    assert causal - {"l2vit"} <= {variant.name for variant in linear_lm.VARIANTS.values()}
+
+
+def test_curves_are_means_of_spans():
+    row = tiny_lm.trained(linear_lm.VARIANTS["fastmax p=1, 8 heads"], 0, "cpu", tiny_lm.SPAN // 10)
+    ((steps, loss),) = row["curve"]
+    assert steps == tiny_lm.SPAN and 4 < loss < 7
+
+
+def test_recurrences_are_normed_fade_slowly_and_run_in_kernels():
+    delta, slots, softmax = (
+        core.build("kimi_delta_attention", 32, 2, fade=-4.0), core.build("fastmax", 32, 2), core.build("causal", 32, 2)
+    )  # fmt: skip
+    assert isinstance(delta.norm, torch.nn.RMSNorm)
+    assert all(isinstance(one.norm, torch.nn.Identity) for one in (slots, softmax))
+    g = delta.operands["g"](torch.zeros(1, 1, 32))
+    assert torch.allclose(g, torch.tensor(-4.0).exp().log1p().neg().expand_as(g))
+    x = torch.randn(1, 5, 32)
+    plain = delta.attend(x)
+    normed = plain / (plain.square().mean(-1, keepdim=True) + torch.finfo(plain.dtype).eps).sqrt()
+    torch.testing.assert_close(delta(x), delta.o(normed.transpose(1, 2).flatten(2)))
+    core.to_kernels(torch.nn.Sequential(delta, slots, softmax))
+    assert [one.engine for one in (delta, slots, softmax)] == ["triton", "auto", "auto"]
+
+
+def test_perceptrons_make_up_for_what_mixers_have():
+    for make in (*mqar.VARIANTS.values(), *copying.VARIANTS.values()):
+        mixers = [make(), make()]
+        whole = core.count(mixers) + 2 * 2 * 64 * width(mixers, 64)
+        assert whole == pytest.approx(2 * 12 * 64 * 64, rel=0.01)
+
+
+def test_states_of_compared_memories_are_of_one_size():
+    recurrences = {name: mqar.VARIANTS[name]() for name in ("gated linear attention", "kimi_delta_attention")}
+    assert all(one.heads * one.head_dim**2 == 2 * 32 * 32 for one in recurrences.values())
+    slots = mqar.VARIANTS["gated_slot_attention"]()
+    (_, _, many) = (slots.heads, slots.head_dim, slots.form.operands["g"].shape({**dict(batch=1, heads=2, len=1)})[-1])
+    assert slots.heads * many * 2 * slots.head_dim == 2 * 32 * 32
+    for name in ("titans, linear memory", "titans, memory of two layers"):
+        assert sum(w.numel() for w in mqar.VARIANTS[name]().memory.weights) == 64 * 64
+
+
+def test_questions_of_many_facts_have_right_answers():
+    torch.manual_seed(0)
+    tokens, wanted = mqar.texts(10)
+    for text, answers in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        table = {word: value for word, value in text[: mqar.LENGTH // 2] if value != mqar.NOTHING}
+        asked = [i for i, answer in enumerate(answers) if answer != IGNORED]
+        assert len(table) == len(asked) == mqar.FACTS and min(asked) >= mqar.LENGTH // 2
+        assert all(text[i] == [word, mqar.NOTHING] and table[word] == answers[i] for i in asked for word in text[i][:1])
+    logits = torch.nn.functional.one_hot(wanted.clamp(min=0), mqar.NOTHING).float()
+    assert answered(logits, wanted).all() and len(answered(logits, wanted)) == 10 * mqar.FACTS
+
+
+def test_words_are_multiplied_out():
+    torch.manual_seed(0)
+    products = state_tracking.table(3)
+    one = products[:, 0].tolist().index(0)  # the identity leaves the first element what it is
+    assert products[one].tolist() == products[:, one].tolist() == list(range(6))
+    assert not products.equal(products.T) and all(sorted(row) == list(range(6)) for row in products.tolist())
+    tokens, found = state_tracking.words(products, 5, 9)
+    for word, prefixes in zip(tokens.tolist(), found.tolist(), strict=True):
+        at = one
+        assert word[0] == 6
+        for element, prefix in zip(word[1:], prefixes, strict=True):
+            at = products[at, element]
+            assert at == prefix
+    parity, (tokens, found) = state_tracking.table(2), state_tracking.words(state_tracking.table(2), 5, 9)
+    assert parity.tolist() == [[0, 1], [1, 0]] and (tokens[:, 1:].cumsum(1) % 2).equal(found)
+
+
+def test_lists_come_to_what_python_says():
+    torch.manual_seed(0)
+    tokens, wanted = list_ops.lists(50)
+    names_of = {list_ops.MIN: "min", list_ops.MAX: "max", list_ops.SUM: "total"}
+    for text, answer in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        shown = [t for t in text if t != list_ops.BLANK]
+        assert text[-len(shown) :] == shown
+        code = "".join(f"{names_of[t]}([" if t in names_of else "])," if t == list_ops.END else f"{t}," for t in shown)
+        assert eval(code, {"total": lambda digits: sum(digits) % 10})[0] == answer
+
+
+def test_copies_signals_and_flags():
+    torch.manual_seed(0)
+    tokens, wanted = copying.both(8)
+    for text, answers in zip(tokens[:4].tolist(), wanted[:4].tolist(), strict=True):
+        said = [answer + copying.SYMBOLS for answer in answers if answer != IGNORED]
+        assert said == text[: copying.COPIED] and text[copying.COPIED] == copying.START
+        assert text[copying.COPIED + 1 :] == said[:-1] and answers[copying.COPIED] != IGNORED
+    for text, answers in zip(tokens[4:].tolist(), wanted[4:].tolist(), strict=True):
+        asked = [i for i, answer in enumerate(answers) if answer != IGNORED]
+        assert len(asked) == 8 and all(text[i + 1] == answers[i] + copying.SYMBOLS for i in asked)
+    x, y = long_lag.signals(4)
+    assert (
+        x[:, : long_lag.LAG].equal(y) and 0 < (x[:, 1:] != x[:, :-1]).sum(1).max() <= long_lag.LENGTH // long_lag.HELD
+    )
+    text, flag = long_flag.texts(50)
+    at = (text < long_flag.FLAGS).long()
+    assert (at.sum(1) == 1).all() and at.argmax(1).max() < long_flag.CHUNK
+    assert ((flag != IGNORED).sum(1) == long_flag.LENGTH - at.argmax(1)).all()
+    assert flag[:, -1].equal(text.gather(1, at.argmax(1, keepdim=True))[:, 0])
+
+
+def test_without_averages_chunks_know_nothing_of_each_other():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3 * long_flag.CHUNK, 64)
+    other = x.clone()
+    other[:, 0] += 1
+    for without in (False, True):
+        module = core.build("mega", 64, 1, shared=32, values=64, chunk=long_flag.CHUNK)
+        module = long_flag.without_averages(module) if without else module
+        assert module(x)[:, -1].equal(module(other)[:, -1]) is without
+    assert not any(p.requires_grad for p in module.average.parameters())
+
+
+def test_without_convolutions_it_is_linear_attention_of_tokens():
+    torch.manual_seed(0)
+    module, x = list_ops.mixer("chela without convolutions"), torch.randn(1, 9, list_ops.DIM)
+    near = torch.nn.functional.silu(x)
+    q, k = (kappa * near + mu for kappa, mu in zip(module.kappa, module.mu, strict=True))
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, torch.nn.functional.silu(module.v(x))))
+    o = ((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2)
+    o = module.norm.weight * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    h = module.o(o * torch.nn.functional.silu(module.gate(near)))
+    wanted = torch.lerp(x, h, module.update(near).sigmoid())
+    torch.testing.assert_close(module(x), wanted, atol=1e-5, rtol=1e-5)  # through Fourier space
+
+
+@pytest.mark.parametrize("start", [(True, 1.0), (False, 0.1)], ids=["from attention", "random"])
+def test_a_converted_model_comes_nearer_to_what_it_was(start):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    windows = torch.randint(50, (60 * conversion.BATCH, 8))
+    before = model(windows[:2]).logits
+    row = conversion.distilled(model, windows, windows[:6], start, 60)
+    assert [step for step, _ in row["curve"]] == [0, 20, 40, 60]
+    assert row["curve"][0][1] == row["kl_at_start"] > row["kl"] + 0.05 and row["curve"][-1][1] == row["kl"]
+    converted = [layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, conversion.Converted)]
+    assert [layer.self_attn in converted for layer in model.model.layers] == [True, False, False, False, True]
+    assert all(p.requires_grad == (".new." in name) for name, p in model.named_parameters())
+    with conversion.teacher(converted):
+        assert model(windows[:2]).logits.equal(before), "the teacher is what it was"
+    assert not model(windows[:2]).logits.allclose(before)
+    assert conversion.judged(model, converted, windows[:6])["kl"] == pytest.approx(row["kl"])
+
+
+def test_curves_are_drawn_for_each_variant(monkeypatch):
+    import xml.etree.ElementTree as ElementTree
+
+    one = Experiment("rank", "About.", "loss", "low", ("a", "b"), "a", lambda *_: {}, 100)
+    monkeypatch.setattr(curves, "experiments", lambda: {"rank": one})
+    about = {"experiment": "rank", "steps": 100}
+    rows = [
+        {**about, "variant": "a", "seed": 0, "curve": [[2, 9.0], [50, 3.0], [100, 2.0]]},
+        {**about, "variant": "a", "seed": 1, "curve": [[2, 9.0], [50, 5.0], [100, 4.0]]},
+        {**about, "variant": "b", "seed": 0, "curve": [[2, 9.0], [50, 2.0], [100, 1.0]]},
+        {**about, "variant": "c", "seed": 0, "loss": 1.0},
+        {**about, "steps": 3, "variant": "a", "seed": 2, "curve": [[3, 9.0]]},
+    ]
+    assert list(curves.lines(rows[:4], "rank").items()) == [
+        ("b", [(2, 9.0), (50, 2.0), (100, 1.0)]), ("a", [(2, 9.0), (50, 4.0), (100, 3.0)])
+    ]  # fmt: skip
+    drawn = curves.pictures(rows)
+    assert set(drawn) == {"rank"} and curves.pictures(rows[3:]) == {}
+    found = ElementTree.fromstring(drawn["rank"]).findall("{http://www.w3.org/2000/svg}polyline")
+    assert [line.get("points").split()[-1] for line in found] == ["680.0,560.0", "680.0,140.0"]
+    assert [line.get("points").count(",") for line in found] == [2, 2], "not the steep start"
 
 
 def test_tasks_have_right_answers():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.core import Block, Missing, Numbers, Verdict, count, fit, values
 
 Sample = Callable[[int], tuple[Any, Tensor]]
+IGNORED = -100  # by cross entropy
 EAGER = {"engine": "eager"}  # so few tokens are not worth compiling for
 
 
@@ -51,6 +52,11 @@ def judged(
 
 def right(logits: Tensor, y: Tensor) -> Tensor:
     return logits.argmax(-1) == y
+
+
+def answered(logits: Tensor, y: Tensor) -> Tensor:
+    """What is right of all that is asked for, in one row."""
+    return right(logits, y)[y != IGNORED]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -102,3 +108,8 @@ def above_less(variant: str, other: str, allowance: float) -> Callable[[Numbers]
         return found > theirs - allowance, f"{variant}: {found:.4g}, wanted above {other}: {theirs:.4g} − {allowance:g}"
 
     return test
+
+
+def width(mixers: list[nn.Module], dim: int) -> int:
+    """Of the perceptrons that makes blocks with these mixers as large as ones with attention and 4 times as wide."""
+    return max(8, round((len(mixers) * 12 * dim * dim - count(mixers)) / (len(mixers) * 2 * dim)))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from experiments.core import Claim, Experiment, above, below, build
-from experiments.toys.common import EAGER, Facts, above_less, cross_entropy, judged, learn, right, stack
+from experiments.toys.common import EAGER, IGNORED, Facts, above_less, cross_entropy, judged, learn, right, stack
 
 LENGTH, BLOCK, LAYERS, BATCH = 256, 4, 4, 32
 NOTHING = 16  # stands behind the values
-IGNORED = -100  # by cross entropy
 WINDOW = 9  # blocks that power attention sees at the most: the last five, those 8, 16 and 32 back, and the first
 VARIANTS = {
     "causal": ("causal", {}),
