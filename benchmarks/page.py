@@ -20,6 +20,7 @@ HEAD = """\
     make bench
     python benchmarks/selections.py --results benchmarks/results/selections.jsonl
     python benchmarks/builders.py --results benchmarks/results/selections.jsonl
+    python benchmarks/whole.py --results benchmarks/results/selections.jsonl
     python benchmarks/recurrences.py --results benchmarks/results/recurrences.jsonl
 
 time our kernels beside those that are installed, in one process, and append rows to a file. `python docs/generate.py`
@@ -27,6 +28,13 @@ writes this page from all files in `benchmarks/results`, the newest row of each 
 and gradients were near float64. TFLOP/s are useful ones: 4 operations for each number of the head and each pair that
 the mask allows, 2.5 times as many backward; of blocks a tenth are looked at. Engines ran one after the other on one
 chip; how much each varied is in the file. FA3 is timed forward alone.
+"""
+WHOLE = """\
+## Selections, end to end
+
+Milliseconds of a whole forward call, choosing included, beside dense causal attention of cuDNN, by
+`benchmarks/whole.py`: q and k have topics that runs of 512 tokens share. Kept: of the pairs of a causal mask, those in
+chosen blocks, with what of these lies in the future.
 """
 RECURRENCES = """\
 ## Recurrences
@@ -59,6 +67,7 @@ def page(found: Iterable[Row]) -> str:
     parts = [HEAD, *(f"On {machine}.\n" for machine in machines)]
     for back in ("forward", "backward"):
         parts += [f"## {back.capitalize()}\n", *_table([r for r in timed if r["pass"] == back]), ""]
+    parts += [WHOLE, *_whole([r for r in kept if r["case"].endswith(", whole")]), ""]
     parts += [RECURRENCES, *_recurrences(recurrent), ""]
     parts += ["## Around the kernels\n", *_around(kept), ""]
     return "\n".join(parts)
@@ -86,6 +95,21 @@ def _shape(row: Row) -> str:
     heads = f"{row['heads']}" + ("" if row["heads"] == row["kv_heads"] else f" on {row['kv_heads']}")
     length = f"{row['length'] // 1024}k" if row["length"] % 1024 == 0 else str(row["length"])
     return f"{row['batch']} × {length}, {heads} heads of {row['head_dim']}"
+
+
+def _whole(found: list[Row]) -> list[str]:
+    lines = [
+        "| mechanism | shape | manyheads | of it choosing | dense | times as fast | kept |",
+        "|---|---|" + "---:|" * 5,
+    ]
+    for r in sorted(found, key=lambda r: (r["case"], r["length"])):
+        name = ", ".join([r["case"].partition(",")[0], *(f"{k} {v}" for k, v in r["settings"].items())])
+        if "failed" in r:
+            lines.append(f"| {name} | {_shape(r)} | {r['failed'].partition('.')[0]} | | | | |")
+            continue
+        spent = [f"{r[key]:.1f}" for key in ("whole_ms", "of_it_choosing_ms", "dense_ms")]
+        lines.append(f"| {name} | {_shape(r)} | {' | '.join(spent)} | {r['faster']:.2f} | {r['kept']:.1%} |")
+    return lines
 
 
 def _recurrences(found: list[Row]) -> list[str]:
@@ -132,7 +156,7 @@ def _around(kept: list[Row]) -> list[str]:
             spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f}{graphs.get(p, '')}" for p in parts)
             about = f"{row['case'].capitalize()}, {_shape(row)}, {row['kept']:.1%} kept"
             lines.append(f"- {about}, milliseconds, in brackets as a CUDA graph: {spent}.")
-        if "failed" in row:
+        if "failed" in row and "settings" not in row:
             lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
     mine = [r for r in kept if r["engine"] == "ours" and "first_call_s" in r]
     if mine:
