@@ -96,14 +96,14 @@ def _mask(
     i: Tensor, j: Tensor,
 ) -> Tensor | None:  # fmt: skip
     """What a program allows (everything if None) of what was chosen (everything if None)."""
-    allowed = None if program is None else _allowed(program, b, h, i, j, operands)
+    allowed = None if program is None else seen_pairs(program, b, h, i, j, operands)
     if chosen is None:
         return allowed
     picked = chosen.keys(i, j)
     return picked if allowed is None else allowed & picked
 
 
-def _allowed(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: dict[str, Tensor]) -> Tensor:
+def seen_pairs(program: Program, b: Tensor, h: Tensor, i: Tensor, j: Tensor, operands: dict[str, Tensor]) -> Tensor:
     """The mask over the heads and batches that it depends on; absent tokens see nothing and are not seen."""
     depends = program.mask_depends
     seen = program.mask(
@@ -198,10 +198,10 @@ class _Chosen:
 
 def choose(form: Selection, x: Inputs) -> Blocks:
     """Run a form's choice. Rows are whole: keys stand at 0, 1, ..., queries at the end."""
-    return form.select(x.q, x.k, scale=x.scale, offset=_start(x.q_positions))
+    return form.select(x.q, x.k, scale=x.scale, offset=row_start(x.q_positions))
 
 
-def _start(positions: Positions) -> int:
+def row_start(positions: Positions) -> int:
     if isinstance(positions, Tensor):
         raise TypeError("a selection is run row by row, over positions that are a range")
     return positions.start
@@ -210,6 +210,6 @@ def _start(positions: Positions) -> int:
 def _chosen(form: Selection, x: Inputs) -> _Chosen:
     key_blocks = -(-x.kv_len // form.key_block)
     return _Chosen(
-        choose(form, x).to_map(key_blocks), _start(x.q_positions) // form.query_block,
+        choose(form, x).to_map(key_blocks), row_start(x.q_positions) // form.query_block,
         form.query_block, form.key_block, x.kv_len,
     )  # fmt: skip

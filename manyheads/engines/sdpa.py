@@ -1,7 +1,8 @@
 """torch's scaled_dot_product_attention, over the keys that intervals and block lists leave.
 
 Grouped heads are folded into the queries instead of repeating keys; a mask is built for partial tiles only, a chunk of
-queries at a time, and once more in the backward pass.
+queries at a time, and once more in the backward pass. Where heads chose different blocks each gets keys of its own,
+gathered for a block of queries at a time.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.eagerly import eagerly
-from manyheads.core.forms import Form, Scores, Selection
+from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs
-from manyheads.core.tiling import Chunk, chunks, plain
+from manyheads.core.selection import fixed
+from manyheads.core.tiling import Chunk, choose, chunks, plain, position_operands, row_start, seen_pairs
+
+LEAST = 32  # queries in a block, for which gathering keys pays
 
 
 def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
@@ -51,6 +55,11 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
 
 
 def _in_chunks(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
+    if isinstance(form, Selection) and form.query_block >= LEAST and x.q_len and x.kv_len:
+        blocks = choose(form, x)
+        if _differ(blocks, -(-x.kv_len // form.key_block)):
+            return _by_heads(form, x, blocks), None
+        form = fixed(form, blocks)
     o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
     again = x.wants_grad
     for chunk in chunks(form, x):
@@ -101,3 +110,49 @@ def _folded(x: Inputs, chunk: Chunk) -> Tensor:
     )
     o = o.reshape(batch, heads, rows, -1)
     return o if seen is None else torch.where(seen, o, 0.0)
+
+
+# ---- heads that chose different blocks ----
+
+
+def _differ(blocks: Blocks, key_blocks: int) -> bool:
+    """Whether all heads together look at twice as much as one of them."""
+    together = blocks.to_map(key_blocks).flatten(0, 1).any(0).sum()
+    return bool(together > 2 * blocks.counts.flatten(0, 1).sum(-1).float().mean())
+
+
+def _by_heads(form: Selection, x: Inputs, blocks: Blocks) -> Tensor:
+    size, start, device = form.query_block, row_start(x.q_positions), x.q.device
+    operands = position_operands(form.scores, x)
+    cut = (0, 0, 0, -x.kv_len % form.key_block)
+    keys, values = (pad(t, cut).unflatten(2, (-1, form.key_block)) for t in (x.k, x.v))
+    parts = []
+    for n in range(blocks.counts.shape[2]):
+        first = (start // size + n) * size  # the position of the block's first query
+        rows = slice(max(first - start, 0), min(first + size - start, x.q_len))
+        i = torch.arange(start + rows.start, start + rows.stop, device=device).view(1, 1, -1, 1)
+        own = x.q[:, :, rows], keys, values, blocks.indices[:, :, n], blocks.counts[:, :, n], i, form, x, operands
+        parts.append(checkpoint(_gathered, *own, use_reentrant=False) if x.wants_grad else _gathered(*own))
+    return torch.cat(parts, 2)
+
+
+def _gathered(
+    q: Tensor, keys: Tensor, values: Tensor, listed: Tensor, counts: Tensor, i: Tensor, form: Selection, x: Inputs,
+    operands: dict[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """Of one block of queries. keys, values: [batch, kv_heads, key blocks, key_block, dim]."""
+    width = max(1, int(counts.max()))
+    b = torch.arange(x.batch, device=q.device).view(-1, 1, 1, 1)
+    h = torch.arange(x.heads, device=q.device).view(1, -1, 1, 1)
+    there = torch.arange(width, device=q.device) < counts[..., None]
+    listed = torch.where(there, listed[..., :width].long(), 0)
+    j = listed[..., None] * form.key_block + torch.arange(form.key_block, device=q.device)
+    j = torch.where(there[..., None] & (j < x.kv_len), j, -1).flatten(2)[:, :, None]
+    program = form.scores.program
+    allowed = seen_pairs(program, b, h, i, j, operands) if program.has_mask else (i >= 0) & (j >= 0)
+    seen = allowed.any(-1, keepdim=True)
+    place = b[..., 0], h[..., 0] * x.kv_heads // x.heads, listed
+    o = scaled_dot_product_attention(
+        q, keys[place].flatten(2, 3), values[place].flatten(2, 3), allowed | ~seen, scale=x.scale
+    )
+    return torch.where(seen, o, 0.0)
