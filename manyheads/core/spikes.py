@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from manyheads.core.batch_norm import batch_normed
 
 
 def fire(x: Tensor) -> Tensor:
@@ -25,3 +27,8 @@ def lif(x: Tensor, threshold: float = 1.0, tau: float = 2.0) -> Tensor:
         spikes.append(fire(h - threshold))
         m = h * (1 - spikes[-1].detach())
     return torch.stack(spikes)
+
+
+def spiking(x: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d, threshold: float, present: Tensor | None) -> Tensor:
+    """LIF(BN(linear(x))) for x [steps, batch, len, dim]; padding, where present [batch, len] is False, gives none."""
+    return lif(batch_normed(norm, linear(x), present), threshold)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.core import Recurrence, one
-from manyheads.core.batch_norm import batch_normed
 from manyheads.core.layer import layer
 from manyheads.core.plain import cut, spiked, standardised
-from manyheads.core.spikes import lif
+from manyheads.core.spikes import lif, spiking
 from manyheads.dispatch import attention
 from manyheads.nn import positions_of, split
 
@@ -81,11 +80,11 @@ class SpikingSelfAttention(nn.Module):
     def spikes(self, x: Tensor, *, present: Tensor | None = None) -> dict[str, Tensor]:
         """All spikes for x [steps, batch, len, dim], by their names in the equations, each of x's shape. Their means
         are the rates that the numbers of additions go with."""
-        q = lif(batch_normed(self.q_norm, self.q(x), present), self.threshold)
-        k = lif(batch_normed(self.k_norm, self.k(x), present), self.threshold)
-        v = lif(batch_normed(self.v_norm, self.v(x), present), self.threshold)
+        q = spiking(x, self.q, self.q_norm, self.threshold, present)
+        k = spiking(x, self.k, self.k_norm, self.threshold, present)
+        v = spiking(x, self.v, self.v_norm, self.threshold, present)
         a = lif(self.scale * self.count(q, k, v), 0.5).to(q.dtype)
-        return {"q": q, "k": k, "v": v, "a": a, "y": lif(batch_normed(self.o_norm, self.o(a), present), self.threshold)}
+        return {"q": q, "k": k, "v": v, "a": a, "y": spiking(a, self.o, self.o_norm, self.threshold, present)}
 
     def count(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q k^T v of each head, whole numbers, for spikes [steps, batch, len, dim]. Absent tokens have none."""

@@ -22,7 +22,7 @@ from manyheads.core import Recurrence, one
 from manyheads.core.batch_norm import batch_normed
 from manyheads.core.layer import layer
 from manyheads.core.plain import cut, spiked, standardised
-from manyheads.core.spikes import lif
+from manyheads.core.spikes import lif, spiking
 from manyheads.dispatch import attention
 from manyheads.nn import positions_of, split
 
@@ -88,9 +88,9 @@ class STAtten(nn.Module):
         if len(x) % self.chunk:
             raise ValueError(f"x has {len(x)} steps, which is no multiple of chunk {self.chunk}")
         s = lif(x, self.threshold)
-        q = lif(batch_normed(self.q_norm, self.q(s), present), self.threshold)
-        k = lif(batch_normed(self.k_norm, self.k(s), present), self.threshold)
-        v = lif(batch_normed(self.v_norm, self.v(s), present), self.threshold)
+        q = spiking(s, self.q, self.q_norm, self.threshold, present)
+        k = spiking(s, self.k, self.k_norm, self.threshold, present)
+        v = spiking(s, self.v, self.v_norm, self.threshold, present)
         a = lif(self.count(q, k, v) / self.side, 0.5).to(x.dtype)
         return batch_normed(self.o_norm, self.o(a), present)
 
