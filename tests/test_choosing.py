@@ -6,8 +6,6 @@ Triton decides at import whether it interprets, so those cases run in a process 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,13 +18,13 @@ from torch import Tensor
 from manyheads.core import builders, lists, picking
 from manyheads.core.choosing import Past, best, best_blocks, best_past, block_means, fewest, fewest_past
 from manyheads.core.forms import Blocks
+from tests.interpreter import interpret
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
 from builders import amiss, masses
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 FIELDS = ("query_block", "key_block", "offset", "first", "local")
 RULES = [(4, 4, 0, 0, 0), (4, 2, 8, 1, 1), (2, 6, 7, 0, 2), (1, 4, 3, 2, 0), (7, 3, 5, 1, 1)]
@@ -211,11 +209,7 @@ def interpreted(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels_in_the_interpreter(name):
-    code = "import warnings; warnings.simplefilter('error'); from tests import test_choosing as t; "
-    code += f"t.interpreted({name!r})"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    interpret("test_choosing", f"interpreted({name!r})")
 
 
 # Words that a kernel spills, at most, with Triton 3.6 and 3.7.

@@ -6,8 +6,6 @@ Triton decides at import whether it interprets, so those cases run in processes 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ from manyheads.core.checks import build_inputs
 from manyheads.core.forms import identity
 from manyheads.core.recurrence import state_shape
 from manyheads.engines import eager, triton
+from tests.interpreter import interpret
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 G, BETA, GC = Operand("batch heads len"), Operand("batch heads len"), Operand("batch heads len head_dim")
 WRITES = {
@@ -199,18 +197,9 @@ def interpreted(group: str) -> None:
     print(json.dumps([errors(case, torch.float32, CPU) for case in SMALL[group]]))
 
 
-def interpret(call: str) -> str:
-    """The last line that a call in this file prints, under the interpreter, where warnings are errors."""
-    code = f"import warnings; warnings.simplefilter('error'); from tests import test_chunked; test_chunked.{call}"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.splitlines()[-1]
-
-
 @pytest.mark.parametrize("group", SMALL)
 def test_equals_eager(group):
-    found = json.loads(interpret(f"interpreted({group!r})"))
+    found = json.loads(interpret("test_chunked", f"interpreted({group!r})"))
     for case, errors in zip(SMALL[group], found, strict=True):
         # A float32 sum over a hundred products, and exp2 of a rounded multiple of the decay.
         assert max(errors.values()) < 5e-6, (case, errors)
@@ -379,7 +368,7 @@ STRONG = ["step", "channel", "delta and step", "delta and channel"]
 
 @pytest.mark.parametrize("what", ["strong", "halves", "narrow", "single", "operators", "whole", "published"])
 def test_in_the_interpreter(what):
-    assert interpret(f"{what}()") == "done"
+    assert interpret("test_chunked", f"{what}()") == "done"
 
 
 # ---- without a GPU and without the interpreter ----

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from manyheads.core import Form, Operand, Scores
 from manyheads.core.checks import build_inputs
 from manyheads.engines import eager, triton
 from manyheads.layers.linear.mega import form_of
+from tests.interpreter import interpret
 
-ROOT = Path(__file__).parent.parent
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 
@@ -233,20 +232,9 @@ def interpreted(group: str) -> None:
     print(json.dumps([errors(case, torch.float32, cpu) for case in SMALL[group]]))
 
 
-def interpret(call: str, strict: bool = True) -> str:
-    """The last line that a call in this file prints, under the interpreter. strict: warnings are errors."""
-    code = f"from tests import test_triton; test_triton.{call}"
-    if strict:
-        code = f"import warnings; warnings.simplefilter('error'); {code}"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.splitlines()[-1]
-
-
 @pytest.mark.parametrize("group", SMALL)
 def test_equals_eager(group):
-    found = json.loads(interpret(f"interpreted({group!r})"))
+    found = json.loads(interpret("test_triton", f"interpreted({group!r})"))
     for case, errors in zip(SMALL[group], found, strict=True):
         # A float32 sum over a hundred products, and exp2 of a rounded multiple of the score.
         assert max(errors.values()) < 5e-6, (case, errors)
@@ -388,35 +376,35 @@ def compiled() -> None:
 
 
 def test_runs_under_torch_compile():
-    assert interpret("compiled()", strict=False) == "done"
+    assert interpret("test_triton", "compiled()", strict=False) == "done"
 
 
 def test_repeats_and_keeps():
-    assert interpret("others()") == "done"
+    assert interpret("test_triton", "others()") == "done"
 
 
 def test_gradients_do_not_depend_on_the_order_of_tiles():
-    assert interpret("orders()") == "done"
+    assert interpret("test_triton", "orders()") == "done"
 
 
 def test_gradients_of_what_is_read_alone():
-    assert interpret("alone()") == "done"
+    assert interpret("test_triton", "alone()") == "done"
 
 
 def test_gradients_ignore_padding():
-    assert interpret("padding()") == "done"
+    assert interpret("test_triton", "padding()") == "done"
 
 
 def test_a_gradient_as_large_as_its_bound():
-    assert interpret("bounds()") == "done"
+    assert interpret("test_triton", "bounds()") == "done"
 
 
 def test_infinite_derivatives_count_where_they_are_seen():
-    assert interpret("infinite()", strict=False) == "done"  # numpy warns of them
+    assert interpret("test_triton", "infinite()", strict=False) == "done"  # numpy warns of them
 
 
 def test_a_sink_of_minus_infinity_is_none():
-    assert interpret("no_sink()") == "done"
+    assert interpret("test_triton", "no_sink()") == "done"
 
 
 # ---- without a GPU and without the interpreter ----
