@@ -1,6 +1,6 @@
 """What the kernels share. A chunk of C tokens begins at row `first`; G holds the sums of log decays in it, in base two.
 
-G is [C, 1] where all channels of the keys decay alike, and else [C, channels]: what is written for one holds for both.
+G is [C, 1] where all channels of the keys decay alike, and else [C, channels].
 Only differences of these sums are exponentiated, and none of them is above 0. Columns are padded to powers of two.
 """
 
@@ -11,15 +11,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["kv_len", "ahead", "heads", "segments", "per", "g_b", "g_h", "w_b", "w_h", "w_n"]  # compile nothing anew
-
-
-@triton.jit
-def decays_of(G, b, h, g_b, g_h, bh, chunks, C: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where those of a head begin: log decays of tokens, or what `pairs` has left behind."""
-    if CHANNELS:
-        return G + bh * chunks * (C * D)
-    else:
-        return G + b * g_b + h * g_h
 
 
 @triton.jit

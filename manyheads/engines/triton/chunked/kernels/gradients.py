@@ -22,7 +22,6 @@ from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
     add_dot,
     between_transposed,
-    decays_of,
     dot,
     end_of,
     load,
@@ -54,8 +53,10 @@ def gradients(
     V += (b * v_b + kv_h * v_h) * UNIT
     Q += (b * q_b + h * q_h) * UNIT
     DO += (b * do_b + h * do_h) * UNIT
-    if G is not None:
-        G = decays_of(G, b, h, g_b, g_h, wide, chunks, C, D, CHANNELS)
+    if CHANNELS:
+        G += wide * chunks * (C * D)
+    elif G is not None:
+        G += b * g_b + h * g_h
     STATES += (wide * chunks + c) * (D * DV)
     D_STATES += (wide * chunks + c) * (D * DV)
     dtype = K.dtype.element_ty
