@@ -284,6 +284,9 @@ def test_is_saved_and_loaded(name, settings):
     assert one(x).equal(other(x))
 
 
+SPIKES = {"spikformer_v2_ssa"}  # whose outputs are, so that a small step moves none, or one that it should not
+
+
 @cases()
 def test_a_new_one_trains(name, settings):
     """From its own start, not from numbers that the test has moved: some step downhill lowers a loss."""
@@ -295,16 +298,13 @@ def test_a_new_one_trains(name, settings):
 
     before = loss()
     before.backward()
-    trained = [p for p in module.parameters() if p.grad is not None]
-    steepest = max(p.grad.norm() for p in trained)
-    after, walked = [], 0.0
-    for distance in (1e-3, 0.1):  # the second for spikes, which a small step does not move
-        with torch.no_grad():
-            for parameter in trained:
-                parameter -= (distance - walked) / steepest * parameter.grad
-            after.append(loss())
-        walked = distance
-    assert min(after) < before
+    distance = 0.1 if name in SPIKES else 1e-3
+    step = distance / max(p.grad.norm() for p in module.parameters() if p.grad is not None)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter -= step * parameter.grad
+    assert loss() < before
 
 
 @cases()
