@@ -113,7 +113,7 @@ def _whole(found: list[Row]) -> list[str]:
 
 
 def _recurrences(found: list[Row]) -> list[str]:
-    names = {"ours": "manyheads", "fla": "fla", "cudnn": "cuDNN"}
+    names = {"ours": "manyheads", "fla": "fla", "flashqla": "FlashQLA", "cudnn": "cuDNN"}
     timed = [r for r in found if "median_ms" in r]
     engines = [e for e in names if any(r["engine"] == e for r in timed)]
     head = ["case", "shape", "pass", *(names[e] for e in engines), "GB/s", "of fla"]

@@ -7,7 +7,7 @@ Every engine is checked first against float64, on the first head: o and all grad
 forward or backward: the median of many runs with the 20th and 80th percentile, the same as a CUDA graph where it can be
 one (the forward pass; without what a launch costs), the seconds of the first call, the memory beyond what is returned,
 and GB/s, which count the fewest bytes: what goes in is read once, what comes out is written once. fla is timed in its
-own layout, [batch, length, heads, head_dim]. cuDNN computes causal softmax of the same shape, as a measure. An engine
+own layout, [batch, length, heads, head_dim], and so is FlashQLA. cuDNN computes causal softmax of the same shape, as a measure. An engine
 that takes too long, tuning for instance, is a row that says so. The pass "step" is one more token for a batch of rows
 with states: GB/s are there of the states, read and written. Rows are appended to a file of JSON lines; a table comes
 last.
@@ -140,6 +140,15 @@ def fla(case: Case) -> Run:
     return lambda leaves: function(**leaves, **given)[0]
 
 
+def flashqla(case: Case) -> Run | None:
+    """Raises ImportError without it. It has the gated delta rule alone."""
+    if case is not CASES["gated delta"]:
+        return None
+    from flash_qla import chunk_gated_delta_rule  # type: ignore[import-not-found]
+
+    return lambda leaves: chunk_gated_delta_rule(**leaves)[0]
+
+
 def cudnn(case: Case) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -152,7 +161,8 @@ def cudnn(case: Case) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[Case], Run]] = {"ours": ours, "fla": fla, "cudnn": cudnn}
+PEERS: dict[str, Callable[[Case], Run | None]] = {"ours": ours, "fla": fla, "flashqla": flashqla, "cudnn": cudnn}
+TURNED = ("fla", "flashqla")  # who has tokens before heads
 
 
 def turned(t: Tensor) -> Tensor:
@@ -185,12 +195,14 @@ def timed(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one engine, which is checked first."""
     peer = row["engine"]
-    if peer == "fla":
+    if peer in TURNED:
         leaves = {name: turned(t).requires_grad_() for name, t in leaves.items()}
         do = turned(do)
     if peer == "cudnn":
         leaves = {name: leaves[name] for name in "qkv"}
     run, start = PEERS[peer](case), time.perf_counter()
+    if run is None:
+        return
     o = run(leaves)
     torch.cuda.synchronize()
     row = {**row, "first_call_s": round(time.perf_counter() - start, 3)}
@@ -266,7 +278,7 @@ STEPS: dict[str, Callable[[Case], Callable[[Leaves, Tensor], Tensor]]] = {"ours"
 
 def checked(found: Tensor, true: Tensor, peer: str) -> float:
     """The relative error on the first head. Raises RuntimeError if it is beyond BOUND."""
-    found = (found.transpose(1, 2) if peer == "fla" else found)[:1, :1].double()
+    found = (found.transpose(1, 2) if peer in TURNED else found)[:1, :1].double()
     true = true[:1, :1]
     error = ((found - true).norm() / true.norm()).item()
     if not error < BOUND:
@@ -287,7 +299,7 @@ def table(rows: list[dict[str, Any]], wanted: list[str]) -> str:
             r = found.get(engine, {})
             graph = f" ({r['graph_ms']:.3f})" if r.get("graph_ms") else ""
             shown += f"{r['median_ms']:.3f}{graph}".rjust(18) if r else " " * 18
-        same = [found[e]["median_ms"] for e in ("fla",) if e in found]
+        same = [found[e]["median_ms"] for e in TURNED if e in found]
         mine = found.get("ours")
         speed = f"{mine['gbs']:7d}" if mine else " " * 7
         ratio = f"{min(same) / mine['median_ms']:7.2f}" if mine and same else ""
