@@ -207,7 +207,8 @@ def read(kernel: Any) -> Found:
 # ---- recurrences ----
 
 WRITES = {
-    "add": (), "channels": ("A", "K_OUT"), "delta": ("T", "BETA"), "delta channels": ("A", "B", "T", "BETA", "K_OUT"),
+    "add": (), "channels": ("A", "K_OUT"), "delta": ("T", "BETA", "FADES"),
+    "delta channels": ("A", "B", "T", "BETA", "FADES", "K_OUT"),
 }  # fmt: skip
 LEFT_OUT = {  # what nobody asks for in a launch
     "walk": ("U", "TRANSITION", "TOTALS", "STATES"), "walk segments": ("Q", "O", "START", "U", "STATES"),
@@ -244,7 +245,7 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "UNIT": 1}
     constants |= {"SIMULATED": False}
     read = {"A", "B", "T", "BETA", "K_OUT"}
-    read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN"))
+    read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN", "FADES"))
     read |= set(() if "channels" in writes else ("DA", "DB"))
     read |= {"K"} if name == "walk" and writes == "channels" else set()
     absent = {*LEFT_OUT.get(launch, ()), *(read - set(WRITES[writes]))}
@@ -253,7 +254,7 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {
         n: None for n in kernel.arg_names if n in absent
     }
-    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "ENDS", "G", "BETA", "DG", "DBETA"}
+    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "ENDS", "FADES", "G", "BETA", "DG", "DBETA"}
     wide |= {"DQ_PART", "DK_PART", "DG_PART"}
     types = {n: "*fp32" if n in wide else "*bf16" if n.isupper() or n == "DV_" else "i32" for n in kernel.arg_names}
     types |= {"scale": "fp32"} if "scale" in types else {}

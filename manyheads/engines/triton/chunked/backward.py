@@ -103,7 +103,7 @@ def back(
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, do)
     segments = call.segments - (local is not None)
     arguments = (
-        made.q, made.k, made.k_out, do, made.ends, call.beta, made.t, made.a, z, starts, end, transition,
+        made.q, made.k, made.k_out, do, made.ends, made.fades, call.beta, made.t, made.a, z, starts, end, transition,
         totals, states, *steps,
         *steps_of(call.g), *steps_of(call.beta), *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
         *constants(call, tile.columns), unit, INTERPRETED,

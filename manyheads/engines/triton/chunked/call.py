@@ -112,7 +112,8 @@ class Call:
 class Prepared:
     """g: as it was, or sums of log decays [batch, heads, chunks * chunk, head_dim] of single channels. q, k, k_out,
     ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. a, b, t: what
-    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
+    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it. fades: bounds of what
+    chunks make of a state, [rows, chunks], where writes correct."""
 
     q: Tensor
     k: Tensor | None
@@ -122,16 +123,19 @@ class Prepared:
     a: Tensor | None = None
     b: Tensor | None = None
     t: Tensor | None = None
+    fades: Tensor | None = None
 
 
-def prepare(call: Call, keep: bool = True) -> Prepared:
-    """keep: for a backward pass."""
-    a = b = t = k_out = None
+def prepare(call: Call, keep: bool = True, t: Tensor | None = None, fades: Tensor | None = None) -> Prepared:
+    """keep: for a backward pass. t, fades: if they have been prepared before."""
+    a = b = k_out = None
     q, k, ends, g, length = call.q, call.k, call.g, call.g, call.chunk
     shape = call.rows, call.chunks, length, length
     unit, steps = _steps(call.q, call.k)
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
+    if t is None and call.beta is not None and call.g is not None and call.segments > 1:
+        fades = call.new(*shape[:2])
     if call.channels:
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(call.batch, call.heads, call.chunks * length, call.head_dim)
@@ -139,14 +143,14 @@ def prepare(call: Call, keep: bool = True) -> Prepared:
         q = call.like(*call.q.shape)
         k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
         k = None if call.beta is None else torch.empty_like(k_out)
-        own = call.q, call.k, call.g, g, a, b, q, k, k_out, ends, *steps, *steps_of(call.g)
-        shared = *call.sizes, *common[:3], keep, *common[3:]
+        own = call.q, call.k, call.g, call.beta, g, a, b, q, k, k_out, ends, fades, *steps, *steps_of(call.g)
+        shared = *steps_of(call.beta), *call.sizes, *common[:3], keep, *common[3:]
         launch(pairs, programs, (*own, *shared), num_warps=call.tile("pairs").warps, num_stages=1)
-    if call.beta is not None:
+    if t is None and call.beta is not None:
         t = call.like(*shape)
-        own = call.k, call.g, call.beta, b, t, *steps[3:], *steps_of(call.g), *steps_of(call.beta)
+        own = call.k, call.g, call.beta, b, t, fades, *steps[3:], *steps_of(call.g), *steps_of(call.beta)
         launch(solve, programs, (*own, call.kv_len, call.heads, call.group, *common), num_warps=4, num_stages=1)
-    return Prepared(q, k, k_out, ends, g, a, b, t)
+    return Prepared(q, k, k_out, ends, g, a, b, t, fades)
 
 
 def steps_of(t: Tensor | None) -> Steps:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
-from manyheads.engines.triton.chunked.call import Call, Prepared, prepare, steps_of
+from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
 from manyheads.engines.triton.chunked.kernels import step as steps_kernel
 from manyheads.engines.triton.chunked.kernels import walk as walks
 from manyheads.engines.triton.launch import INTERPRETED, _like, _steps
@@ -20,10 +20,9 @@ COLUMNS = 16  # of a state, where a program does nothing but read and write it
 Local = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
-def forward(call: Call, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(call: Call, state: Tensor | None, made: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
     """o, the state behind the last token, and those at the beginning of each segment (None for one that is zero)."""
     o, end = _like(call.q, call.v_head_dim), call.new(*call.state)
-    made = prepare(call, keep=False)
     starts = starts_of(call, state, lambda *local: walk(call, made, None, local=local))
     walk(call, made, starts, o=o, end=end)
     return o, end, starts
@@ -75,9 +74,9 @@ def walk(
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, call.v, made.q if o is None else o)
     segments = call.segments - (local is not None)
     arguments = (
-        made.q, made.k, made.k_out, call.v, made.ends, call.beta, made.t, made.a, o, u, starts, end, transition,
-        totals, states, *steps[:9], *steps_of(call.g), *steps_of(call.beta), *steps[9:], *call.sizes, segments,
-        cdiv(call.chunks, call.segments), call.scale, *constants(call, tile.columns), unit, INTERPRETED,
+        made.q, made.k, made.k_out, call.v, made.ends, made.fades, call.beta, made.t, made.a, o, u, starts, end,
+        transition, totals, states, *steps[:9], *steps_of(call.g), *steps_of(call.beta), *steps[9:], *call.sizes,
+        segments, cdiv(call.chunks, call.segments), call.scale, *constants(call, tile.columns), unit, INTERPRETED,
     )  # fmt: skip
     programs = call.rows * segments * tiles_of(call, tile.columns, transition)
     launch(walks.walk, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)

@@ -19,12 +19,12 @@ def recur(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As core/recurrence.py wants it of an engine."""
-    from manyheads.engines.triton.chunked.call import Call
+    from manyheads.engines.triton.chunked.call import Call, prepare
     from manyheads.engines.triton.chunked.forward import forward, step
 
     call = Call.of(q, k, v, g, beta, scale)
     with torch.cuda.device_of(q):
-        o, end = step(call, state) if call.kv_len == 1 else forward(call, state)[:2]
+        o, end = step(call, state) if call.kv_len == 1 else forward(call, state, prepare(call, keep=False))[:2]
     return _as_foretold(o, _recurred(q, k, v, g, beta, state, scale)[0]), end
 
 

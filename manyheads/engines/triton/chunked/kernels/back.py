@@ -20,6 +20,7 @@ from manyheads.engines.triton.chunked.kernels.common import (
     end_of,
     load,
     load_state,
+    remembered_from,
     store,
     store_state,
 )
@@ -27,8 +28,8 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def back(
-    Q, K, K_OUT, DO, G, BETA, T, A, Z, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, do_b, do_h,
-    do_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
+    Q, K, K_OUT, DO, G, FADES, BETA, T, A, Z, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n,
+    do_b, do_h, do_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr,
     DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
     UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +59,8 @@ def back(
             K_OUT += (b * k_b + h * k_h) * UNIT
         BETA += b * w_b + h * w_h
         T += wide * chunks * C * C
+    if FADES is not None:
+        FADES += wide * chunks
     if A is not None:
         A += wide * chunks * C * C
     dtype = Q.dtype.element_ty
@@ -67,11 +70,18 @@ def back(
         S = tl.zeros([PD, BV], tl.float32)
     else:
         S = load_state(START + place * (D * DV), rows, columns, D, DV).to(tl.float32)
-    if TRANSITION is not None:
-        S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], 1.0, 0.0)
+    begin, stop = segment * per, tl.minimum((segment + 1) * per, chunks)
     if TOTALS is not None:
         total = tl.zeros([1, PD if CHANNELS else 1], tl.float32)
-    for n in tl.range(segment * per, tl.minimum((segment + 1) * per, chunks)):
+        own = 1.0
+        if G is not None:
+            begin, forgotten = remembered_from(G, FADES, g_n, begin, stop, chunks, kv_len, C, D, PD, CHANNELS, True)
+            total = tl.where(forgotten, float("-inf"), total)
+            own = tl.where(forgotten, 0.0, 1.0)
+            begin = tl.where(forgotten & (tile >= TILES), stop, begin)
+        if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
+            S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], own, 0.0)
+    for n in tl.range(begin, stop):
         c = chunks - 1 - n
         first = c * C
         if STATES is not None:

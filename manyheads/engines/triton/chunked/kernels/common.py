@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FORGOTTEN = tl.constexpr(-64.0)  # bits of a state of which float32 shows nothing behind any later one
 LENGTHS = ["kv_len", "ahead", "heads", "segments", "per", "g_b", "g_h", "w_b", "w_h", "w_n"]  # compile nothing anew
 
 
@@ -100,3 +101,42 @@ def sums(G, step, first, length, columns, C: tl.constexpr, D: tl.constexpr, CHAN
         return load(G, D, first, first + C, columns, C, D)
     else:
         return decays(G, step, first, length, C)
+
+
+@triton.jit
+def fade_of(g, size, beta):
+    """A bound of how much longer, in bits, a chunk of writes that correct can make a state. g: log decays of its tokens
+    in base two, of the slowest channel; size: |k|^2. I - beta k k^T makes nothing longer unless beta |k|^2 > 2."""
+    return tl.sum(g + tl.math.log2(tl.maximum(tl.abs(beta * size - 1.0), 1.0)), 0)
+
+
+@triton.jit
+def remembered_from(
+    G, FADES, step, begin, stop, chunks, length, C: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
+    CHANNELS: tl.constexpr, BACKWARDS: tl.constexpr,
+):  # fmt: skip
+    """Where a walk from `begin` to `stop` may as well begin at zero, as before that all is forgotten when it ends; and
+    whether there is such a place. G: of one row; of single channels its sums over each chunk. FADES: by `fade_of`,
+    where writes correct."""
+    n = stop
+    first = chunks - 1 if BACKWARDS else 0
+    way = -1 if BACKWARDS else 1
+    if FADES is None and CHANNELS:
+        channels = tl.arange(0, PD)
+        fades = tl.where(channels < D, 0.0, float("-inf"))
+        while (n > begin) & (tl.max(fades, 0) > FORGOTTEN):
+            n -= 1
+            fades += tl.load(G + (first + way * n) * D + channels, mask=channels < D, other=0.0)
+        left = tl.max(fades, 0)
+    else:
+        left = 0.0
+        while (n > begin) & (left > FORGOTTEN):
+            n -= 1
+            c = first + way * n
+            if FADES is not None:
+                left += tl.load(FADES + c)
+            else:
+                at = c * C + tl.arange(0, C)
+                g = tl.load(G + at.to(tl.int64) * step, mask=at < length, other=0.0)
+                left += tl.sum(g.to(tl.float32) * LOG2E, 0)
+    return n, left <= FORGOTTEN

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, end_of, load, store
+from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, end_of, fade_of, load, store
 
 SUB = tl.constexpr(16)
 
@@ -25,15 +25,15 @@ def moderate(end, HALF: tl.constexpr):
     return tl.min(tl.min(end, 1), 0) >= (-8.0 if HALF else -120.0)
 
 
-@triton.jit(do_not_specialize=["kv_len", "ahead", "heads"])
+@triton.jit(do_not_specialize=["kv_len", "ahead", "heads", "w_b", "w_h", "w_n"])
 def pairs(
-    Q, K, G, SUMS, A, B, Q_IN, K_IN, K_OUT, ENDS, q_b, q_h, q_n, k_b, k_h, k_n, g_b, g_h, g_n, kv_len, ahead, heads,
-    group, D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr, UNIT: tl.constexpr,
-    SIMULATED: tl.constexpr,
+    Q, K, G, BETA, SUMS, A, B, Q_IN, K_IN, K_OUT, ENDS, FADES, q_b, q_h, q_n, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h,
+    w_n, kv_len, ahead, heads, group, D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+    UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """One chunk. G: log decays [batch, heads, kv_len, D]; SUMS: G of the formulas, whole if KEEP. Q_IN and K_IN: q and
     k times e^G; K_OUT: k times e^(G_end - G); rows of D numbers, one for each token of each head. ENDS: G_end. B and
-    K_IN are absent where nothing is corrected."""
+    K_IN are absent where nothing is corrected, and FADES, of `fade_of`, where nobody asks."""
     chunks = tl.cdiv(kv_len, C)
     c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -58,6 +58,11 @@ def pairs(
     tl.store(ENDS + chunk * D + columns[None, :], end, mask=(columns < D)[None, :])
     q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, columns, C, D)
     k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
+    if FADES is not None:
+        at = first + tokens
+        beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
+        slowest = tl.max(tl.where((columns < D)[None, :], g * LOG2E, float("-inf")), 1)
+        tl.store(FADES + chunk, fade_of(slowest, tl.sum(k.to(tl.float32) * k.to(tl.float32), 1), beta))
     rise = tl.math.exp2(sum_g)
     store(Q_IN + wide * (kv_len - ahead) * D, D, first - ahead, kv_len - ahead, columns, q * rise, C, D)
     if K_IN is not None:

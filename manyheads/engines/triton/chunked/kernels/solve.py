@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LENGTHS, decays, dot, load
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, LOG2E, decays, dot, fade_of, load
 
 SUB = tl.constexpr(16)
 
@@ -30,10 +30,10 @@ def join(X, below, size: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def solve(
-    K, G, BETA, B, T, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, heads, group, D: tl.constexpr,
+    K, G, BETA, B, T, FADES, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, heads, group, D: tl.constexpr,
     PD: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. B, if `pairs` has left it behind; else it is computed from K and G."""
+    """One chunk. B, if `pairs` has left it behind; else it is computed from K and G, and FADES too, if not absent."""
     chunks = tl.cdiv(kv_len, C)
     c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -49,6 +49,10 @@ def solve(
         if G is not None:
             G += b * g_b + h * g_h
         sum_g = decays(G, g_n, first, kv_len, C)
+        if FADES is not None:
+            g = tl.load(G + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32) * LOG2E
+            size = tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
+            tl.store(FADES + bh.to(tl.int64) * chunks + c, fade_of(g, size, beta))
         below = dot(k, tl.trans(k), SIMULATED) * tl.math.exp2(
             tl.where(strictly, sum_g - tl.trans(sum_g), float("-inf"))
         )

@@ -22,6 +22,7 @@ from manyheads.engines.triton.chunked.kernels.common import (
     end_of,
     load,
     load_state,
+    remembered_from,
     store,
     store_state,
 )
@@ -29,8 +30,8 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def walk(
-    Q, K, K_OUT, V, G, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
-    v_h, v_n, g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale,
+    Q, K, K_OUT, V, G, FADES, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n,
+    v_b, v_h, v_n, g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
     UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +41,8 @@ def walk(
     Where channels decay by themselves, Q, K and K_OUT are what `pairs` made of q and k, K only if writes correct, and G
     are its ENDS.
 
-    With TOTALS, G over the whole of it, END are the states behind each segment; without, behind the last one.
+    With TOTALS, G over the whole of it, -inf where it forgets, END are the states behind each segment; without, behind
+    the last one.
     TRANSITION: what a segment that corrects makes of a state before it, [D, D].
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
@@ -69,6 +71,8 @@ def walk(
     if T is not None:
         BETA += b * w_b + h * w_h
         T += wide * chunks * C * C
+    if FADES is not None:
+        FADES += wide * chunks
     if A is not None:
         A += wide * chunks * C * C
     dtype = V.dtype.element_ty
@@ -78,11 +82,18 @@ def walk(
         S = tl.zeros([PD, BV], tl.float32)
     else:
         S = load_state(START + place * (D * DV), rows, columns, D, DV).to(tl.float32)
-    if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
-        S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], 1.0, 0.0)
+    begin, stop = segment * per, tl.minimum((segment + 1) * per, chunks)
     if TOTALS is not None:
         total = tl.zeros([1, PD if CHANNELS else 1], tl.float32)
-    for c in tl.range(segment * per, tl.minimum((segment + 1) * per, chunks)):
+        own = 1.0
+        if G is not None:
+            begin, forgotten = remembered_from(G, FADES, g_n, begin, stop, chunks, kv_len, C, D, PD, CHANNELS, False)
+            total = tl.where(forgotten, float("-inf"), total)
+            own = tl.where(forgotten, 0.0, 1.0)
+            begin = tl.where(forgotten & (tile >= TILES), stop, begin)
+        if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
+            S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], own, 0.0)
+    for c in tl.range(begin, stop):
         first = c * C
         if STATES is not None:
             store_state(STATES + (wide * chunks + c) * (D * DV), rows, columns, S, D, DV)
@@ -155,7 +166,10 @@ def carry(
         place = bh * (segments - 1) + n
         added = load_state(ADDED + place * (D * DV), rows, columns, D, DV)
         if TRANSITION is not None:
-            S = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
+            if tl.load(TOTALS + place * (D if CHANNELS else 1)) == float("-inf"):
+                S = added
+            else:
+                S = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
         elif CHANNELS:
             S = S * tl.math.exp2(tl.load(TOTALS + place * D + rows, mask=rows < D, other=0.0))[:, None] + added
         else:
