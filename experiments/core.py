@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads import Attention, layers, names
-from manyheads.core import Recurrence
+from manyheads.core import Form, Recurrence
 
 Numbers = Mapping[str, Mapping[int, Mapping[str, float]]]  # of a variant, of a seed, by name
 Verdict = tuple[bool, str]
@@ -132,9 +132,9 @@ class Mixer(Attention):
         return self.o(self.norm(self.attend(x, present=present)).transpose(1, 2).flatten(2))
 
 
-def build(name: str, dim: int, heads: int, /, **settings: Any) -> nn.Module:
-    """A mechanism in `Mixer`, or a layer, by name."""
-    if name in names():
+def build(name: str | Form, dim: int, heads: int, /, **settings: Any) -> nn.Module:
+    """A mechanism in `Mixer`, by name or as a form, or a layer, by name."""
+    if isinstance(name, Form) or name in names():
         return Mixer(dim, heads, name, **settings)
     found = layers.get(name)
     known = {"dim": dim, "heads": heads}

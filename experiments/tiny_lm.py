@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from experiments.core import Block, Claim, Experiment, Numbers, Verdict, build, count, fit, lower, paired, values
 from manyheads import get, layers, names
+from manyheads.core import Form
 from manyheads.evaluate import texts
 from manyheads.layers.sparse.ssa import draw_mode
 
@@ -38,14 +39,17 @@ class Variant:
     """One attention: a mechanism or a layer and its settings, of each block if `every` is given, which go in turn.
     ff: width of the perceptrons, where a claim is about equal work rather than equal numbers of weights.
     judged: the attention that the trained weights are judged with, if it is another. prefixes: judge each byte from a
-    text that ends before it, as the attention chooses from all of a text what it reads."""
+    text that ends before it, as the attention chooses from all of a text what it reads. blocks: how many there are, all
+    together of one size. places: whether there are learned absolute positions."""
 
-    name: str
+    name: str | Form
     settings: Mapping[str, Any] = field(default_factory=dict)
-    every: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    every: tuple[tuple[str | Form, Mapping[str, Any]], ...] = ()
     ff: int | None = None
     judged: Variant | None = None
     prefixes: bool = False
+    blocks: int = BLOCKS
+    places: bool = True
 
 
 def of(name: str, **settings: Any) -> Variant:
@@ -144,19 +148,22 @@ def text() -> tuple[Tensor, Tensor, str]:
 class TinyLM(nn.Module):
     def __init__(self, variant: Variant):
         super().__init__()
-        made = [attention(variant, i) for i in range(BLOCKS)]
-        budget = BLOCKS * (4 * DIM * DIM + 2 * DIM * FF)
-        ff = variant.ff or max(8, round((budget - count(made)) / (BLOCKS * 2 * DIM)))
-        self.embed, self.place = nn.Embedding(256, DIM), nn.Embedding(LENGTH, DIM)
+        made = [attention(variant, i) for i in range(variant.blocks)]
+        budget = BLOCKS * (4 * DIM * DIM + 2 * DIM * FF) + (0 if variant.places else LENGTH * DIM)
+        ff = variant.ff or max(8, round((budget - count(made)) / (variant.blocks * 2 * DIM)))
+        self.embed, self.place = nn.Embedding(256, DIM), nn.Embedding(LENGTH, DIM) if variant.places else None
         for table in (self.embed, self.place):
-            nn.init.normal_(table.weight, std=0.5)
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.5)
         self.blocks = nn.ModuleList(Block(DIM, one, ff) for one in made)
         self.norm, self.out = nn.RMSNorm(DIM), nn.Linear(DIM, 256)
         self.ff = ff
 
     def forward(self, tokens: Tensor, losses: list[Tensor] | None = None) -> Tensor:
         """tokens [batch, len]. Returns logits [batch, len, 256]; the layers' own losses are added to the list."""
-        x = self.embed(tokens) + self.place.weight[: tokens.shape[1]]
+        x = self.embed(tokens)
+        if self.place is not None:
+            x = x + self.place.weight[: tokens.shape[1]]
         for block in self.blocks:
             if losses is not None:
                 losses += [WEIGHTS[name] * value for name, value in block.losses(x).items()]
@@ -174,8 +181,9 @@ def run(name: str, seed: int, device: str, steps: int) -> dict[str, Any]:
     return trained(variants()[name], seed, device, steps)
 
 
-def trained(variant: Variant, seed: int, device: str, steps: int) -> dict[str, Any]:
-    """The loss on text held out, and in training the mean of each SPAN steps, [steps, loss]."""
+def trained(variant: Variant, seed: int, device: str, steps: int, *, far: int = 1) -> dict[str, Any]:
+    """The loss on text held out, and in training the mean of each SPAN steps, [steps, loss]. far: if more than 1, also
+    the loss on the rest of texts so many times as long as those of the training, `loss_far`."""
     torch.manual_seed(seed)
     model = TinyLM(variant).to(device)
     train, validation, sha256 = text()
@@ -197,9 +205,11 @@ def trained(variant: Variant, seed: int, device: str, steps: int) -> dict[str, A
     judged = TinyLM(variant.judged or variant).to(device).eval()
     judged.load_state_dict(model.state_dict())
     batches = 2 if steps < 10 else 10**9
-    leaking = {"loss_seeing_ahead": validate(judged, validation, batches, False)} if variant.prefixes else {}
+    more = {"loss_seeing_ahead": validate(judged, validation, batches, False)} if variant.prefixes else {}
+    if far > 1:
+        more["loss_far"] = validate(judged, validation, batches, False, far)
     return {
-        "loss": validate(judged, validation, batches, variant.prefixes), **leaking,
+        "loss": validate(judged, validation, batches, variant.prefixes), **more,
         "parameters": count(model), "ff": model.ff,
         "curve": [[SPAN * (n + 1), part.mean().item()] for n, part in enumerate(torch.stack(seen).split(SPAN))],
         "seconds_per_step": seconds, "text_sha256": sha256,
@@ -214,13 +224,15 @@ def predict(model: nn.Module, tokens: Tensor, prefixes: bool) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: Tensor, batches: int, prefixes: bool) -> float:
-    """Nats a byte over windows side by side, in the first so many batches."""
-    windows = data[: len(data) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)[: batches * BATCH]
+def validate(model: nn.Module, data: Tensor, batches: int, prefixes: bool, far: int = 1) -> float:
+    """Nats a byte over windows side by side, in the first so many batches. far: windows are so many times as long as
+    those of the training, and what stands behind the first LENGTH bytes is judged, if there is more."""
+    size, start = far * LENGTH + 1, LENGTH if far > 1 else 0
+    windows = data[: len(data) // size * size].view(-1, size)[: batches * BATCH]
     losses = []
     for rows in windows.split(16 * BATCH if prefixes else BATCH):
-        logits = predict(model, rows[:, :-1], prefixes)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"))
+        logits = predict(model, rows[:, :-1], prefixes)[:, start:]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, start + 1 :].flatten(), reduction="none"))
     return torch.cat(losses).mean().item()
 
 

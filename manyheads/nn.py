@@ -22,8 +22,8 @@ class Attention(nn.Module):
     """Attention over x [batch, len, dim] by any mechanism, ready to train.
 
     dim: width of x. heads: heads of the model; kv_heads (default heads): heads of k and v.
-    mechanism: a name; its settings are keyword arguments. Each operand that its form declares gets a projection from x
-        (or a parameter, if it has no value per token).
+    mechanism: a name, whose settings are keyword arguments, or a form. Each operand that the form declares gets a
+        projection from x (or a parameter, if it has no value per token).
     head_dim: default dim // heads. rope: rotary positions with base rope_theta, or None for none.
     max_len: needed by mechanisms whose scores come from positions: the longest input.
     engine: as in `manyheads.attention`.
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self,
         dim: int,
         heads: int,
-        mechanism: str = "causal",
+        mechanism: str | Form = "causal",
         *,
         kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -46,11 +46,12 @@ class Attention(nn.Module):
         **settings: Any,
     ):
         super().__init__()
-        found = get(mechanism)
+        known = () if isinstance(mechanism, Form) else get(mechanism).settings
+        self.mechanism = f"a {type(mechanism).__name__}" if isinstance(mechanism, Form) else mechanism
         for name in settings:
-            if name not in found.settings:
-                raise TypeError(unknown(f"setting of {mechanism} or argument of Attention", name, found.settings))
-        self.form: Form = found(**settings)
+            if name not in known:
+                raise TypeError(unknown(f"setting of {self.mechanism} or argument of Attention", name, known))
+        self.form: Form = mechanism if isinstance(mechanism, Form) else get(mechanism)(**settings)
         for name, size in {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}.items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} must be a positive integer, not {size!r}")
@@ -63,15 +64,15 @@ class Attention(nn.Module):
         self.heads = max(1, round(heads * self.form.projections.query_share))
         self.kv_heads = kv_heads or self.heads
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} must divide the {self.heads} query heads of {mechanism}")
+            raise ValueError(f"kv_heads {self.kv_heads} must divide the {self.heads} query heads of {self.mechanism}")
         self.by_position = self.form.projections.scores_from == "positions"
-        self.dim, self.mechanism, self.engine, self.dropout = dim, mechanism, engine, dropout
+        self.dim, self.engine, self.dropout = dim, engine, dropout
         self.rope_theta = None if self.by_position else rope_theta
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; or rope_theta=None")
         if self.by_position:
             if max_len is None:
-                raise ValueError(f"{mechanism} scores positions, so it needs max_len, the longest input")
+                raise ValueError(f"{self.mechanism} scores positions, so it needs max_len, the longest input")
             # One-hot encodings times a projection: a row of the projection for each position.
             self.q_position = nn.Parameter(torch.randn(max_len, self.heads * self.head_dim) * self.head_dim**-0.25)
             self.k_position = nn.Parameter(torch.randn(max_len, self.kv_heads * self.head_dim) * self.head_dim**-0.25)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+ALL_BLOCKS = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
 
 
 def generator():
@@ -62,9 +63,9 @@ def model():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("source", [b for b in BLOCKS if "@mechanism" not in b], ids=lambda b: b.splitlines()[0])
+@pytest.mark.parametrize("source", [b for b in ALL_BLOCKS if "@mechanism" not in b], ids=lambda b: b.splitlines()[0])
 def test_snippets_run(source, model):
-    exec(compile(source, "README.md", "exec"), {"model": model, "ids": torch.ones(1, 12, dtype=torch.long)})
+    exec(compile(source, "a page", "exec"), {"model": model, "ids": torch.ones(1, 12, dtype=torch.long)})
 
 
 def test_the_readme_has_its_snippets():

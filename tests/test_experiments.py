@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("pydoc_data.topics", reason="the text to train on")
 
-from experiments import conversion, core, curves, jobs, linear_lm, page, run, tiny_lm, toys
+from experiments import conversion, core, curves, hybrid_lm, hybrids, jobs, linear_lm, page, run, tiny_lm, toys
 from experiments.core import Claim, Experiment, above, below, lower
 from experiments.toys import (
     copying,
@@ -22,15 +22,18 @@ from experiments.toys import (
     match_three,
     mqar,
     needle,
+    palindrome,
+    permutations,
     rank,
     recall,
     relations,
     relay,
+    stacks,
     state_tracking,
     supporting_facts,
 )
 from experiments.toys.common import IGNORED, answered, squares, width
-from manyheads import get, layers, names
+from manyheads import attention, get, layers, names
 
 
 def rows_of(path):
@@ -39,7 +42,7 @@ def rows_of(path):
 
 def test_each_file_has_the_experiment_of_its_name():
     files = {path.stem for path in Path(toys.__file__).parent.glob("*.py")} - {"__init__", "common"}
-    assert set(run.experiments()) == {"tiny_lm", "linear_lm", "conversion", *files}
+    assert set(run.experiments()) == {"tiny_lm", "linear_lm", "hybrid_lm", "conversion", *files}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,11 @@ def test_unknown_names_are_refused(capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-LANGUAGE_MODELS = {**tiny_lm.variants(), **linear_lm.VARIANTS}
+LANGUAGE_MODELS = {
+    **tiny_lm.variants(),
+    **linear_lm.VARIANTS,
+    **{f"4 blocks, {n}": v for n, v in hybrid_lm.VARIANTS.items()},
+}
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -168,8 +175,10 @@ def test_recurrences_are_normed_fade_slowly_and_run_in_kernels():
 
 
 def test_perceptrons_make_up_for_what_mixers_have():
-    for make in (*mqar.VARIANTS.values(), *copying.VARIANTS.values()):
-        mixers = [make(), make()]
+    stacked = [[make(), make()] for make in mqar.VARIANTS.values()]
+    stacked += [copying.mixers_of(variant) for variant in copying.VARIANTS]
+    stacked += [palindrome.mixers_of(variant) for variant in palindrome.EXPERIMENT.variants]
+    for mixers in stacked:
         whole = core.count(mixers) + 2 * 2 * 64 * width(mixers, 64)
         assert whole == pytest.approx(2 * 12 * 64 * 64, rel=0.01)
 
@@ -211,6 +220,101 @@ def test_words_are_multiplied_out():
             assert at == prefix
     parity, (tokens, found) = state_tracking.table(2), state_tracking.words(state_tracking.table(2), 5, 9)
     assert parity.tolist() == [[0, 1], [1, 0]] and (tokens[:, 1:].cumsum(1) % 2).equal(found)
+
+
+def test_permutations_are_multiplied_out_place_by_place():
+    torch.manual_seed(0)
+    tokens, found = permutations.products(3, 7)
+    for word, prefixes in zip(tokens.tolist(), found.tolist(), strict=True):
+        at = list(range(5))
+        assert word[0] == 120
+        for element, prefix in zip(word[1:], prefixes, strict=True):
+            at = [at[i] for i in permutations.ALL[element].tolist()]
+            assert at == prefix
+
+
+def test_models_of_permutations_are_of_one_size_and_say_each_place():
+    tokens, found = permutations.products(2, 3)
+    for variant in permutations.EXPERIMENT.variants:
+        model = permutations.Model(permutations.block(variant))
+        assert core.count(model.model[1]) == pytest.approx(12 * 128 * 128, rel=0.01)
+        other = tokens.clone()
+        other[:, -1] = (tokens[:, -1] + 1) % 120
+        assert model(tokens).shape == (*found.shape, 5)
+        assert (model(tokens) - model(other)).abs().amax((0, 2, 3)).gt(1e-4).tolist() == [False, False, True], "its own"
+
+
+def test_palindromes_read_the_same_backwards():
+    torch.manual_seed(0)
+    tokens, wanted = palindrome.palindromes(3)
+    for text, answers in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        letters, mark, said = text[: palindrome.TEXT], text[palindrome.TEXT], text[palindrome.TEXT + 1 :]
+        asked = [answer for answer in answers if answer != IGNORED]
+        assert mark == palindrome.LETTERS and len(set(letters)) == palindrome.TEXT
+        assert asked == letters[::-1] == answers[palindrome.TEXT :] and said == asked[:-1]
+
+
+def test_stacks_give_back_what_was_put_on_last():
+    torch.manual_seed(0)
+    tokens, wanted = stacks.stacks(5)
+    off = 0
+    for text, answers in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        held = [[] for _ in range(stacks.STACKS)]
+        for (at, value), answer in zip(text, answers, strict=True):
+            if value == stacks.VALUES:
+                assert answer == held[at].pop()
+                off += 1
+            else:
+                assert answer == IGNORED
+                held[at].append(value)
+    assert 0.25 < off / wanted.numel() < 0.5, "half of the tokens, but for stacks with nothing on them"
+
+
+def test_side_by_side_a_window_and_a_state_are_added_each_with_its_gate():
+    torch.manual_seed(0)
+    both, x = core.build(hybrids.side_by_side(3), 8, 2, rope_theta=None), torch.randn(1, 7, 8)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (both.q(x), both.k(x), both.v(x)))
+    for name in ("near", "far"):  # which start alike
+        torch.nn.init.normal_(both.operands[name].weight.weight)
+    given = {name: source(x) for name, source in both.operands.items()}
+    near = attention(q, k, v, "sliding_window", window=3, sinks=0)
+    far = attention(q, k, v, "kimi_delta_attention", g=given["g"], beta=given["beta"]) * 4**0.5
+    o = given["near"][..., None] * near + given["far"][..., None] * far
+    torch.testing.assert_close(both(x), both.o(o.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "wanted"),
+    [
+        ("causal", {}, 2 * 100 * 8), ("sliding_window", {"window": 10, "sinks": 2}, 2 * (9 + 2) * 8),
+        ("kimi_delta_attention", {}, 2 * 4 * 4), (hybrids.side_by_side(10), {}, 2 * 9 * 8 + 2 * 4 * 4),
+        ("full", {}, 2 * 100 * 8),
+    ],
+)  # fmt: skip
+def test_what_is_kept_of_a_text(name, settings, wanted):
+    assert hybrids.kept(core.build(name, 8, 2, **settings), 100) == wanted
+
+
+def test_three_to_one_keeps_a_quarter():
+    def kept(variant):
+        return sum(hybrids.kept(tiny_lm.attention(hybrid_lm.VARIANTS[variant], i), 64 * 1024) for i in range(4))
+
+    assert kept("kimi 3 : 1 causal") / kept("causal") == pytest.approx(0.25, abs=0.001)
+    kinds = [tiny_lm.attention(hybrid_lm.VARIANTS["kimi 3 : 1 causal"], i).mechanism for i in range(4)]
+    assert kinds == [*["kimi_delta_attention"] * 3, "causal"]
+
+
+def test_far_is_behind_what_was_trained():
+    """A model that knows the next byte but for the first so many has nothing left to lose behind them."""
+
+    class Oracle(torch.nn.Module):
+        def forward(self, tokens):
+            known = torch.arange(tokens.shape[1]) >= tiny_lm.LENGTH
+            return 100.0 * known[:, None] * torch.nn.functional.one_hot((tokens + 1) % 256, 256)
+
+    data = torch.arange(9 * tiny_lm.LENGTH) % 256
+    assert tiny_lm.validate(Oracle(), data, 1, False, 4) < 1e-6
+    assert tiny_lm.validate(Oracle(), data, 1, False) > 5
 
 
 def test_lists_come_to_what_python_says():

@@ -116,6 +116,13 @@ def test_rotary_positions_are_relative():
     assert not torch.allclose(score(3, 1), score(3, 2))
 
 
+def test_a_form_does_what_its_name_does():
+    named, x = Attention(DIM, HEADS, "kimi_delta_attention"), torch.randn(2, 5, DIM)
+    given = Attention(DIM, HEADS, get("kimi_delta_attention")())
+    given.load_state_dict(named.state_dict())
+    assert given(x).equal(named(x)) and "a Recurrence, heads=4" in repr(given)
+
+
 def test_operands_come_in_their_declared_order():
     x = torch.randn(2, 5, DIM)
     sizes = {"heads": 4, "head_dim": 6}
@@ -135,6 +142,9 @@ BAD = {
     "an unknown mechanism": ({"mechanism": "casual"}, KeyError, "'casual' is no mechanism.*'causal'"),
     "an unknown setting": (
         {"mechanism": "moba", "topk": 2}, TypeError, "'topk' is no setting of moba or argument of Attention.*'top_k'",
+    ),
+    "a setting of a form": (
+        {"mechanism": get("moba")(), "top_k": 2}, TypeError, "'top_k' is no setting of a Selection or argument.*none",
     ),
     "a setting of the wrong type": ({"mechanism": "moba", "top_k": "2"}, TypeError, "top_k of moba must be int.*'2'"),
     "a dim that heads do not divide": ({"heads": 3}, ValueError, "dim 16 is not a multiple of heads 3; give head_dim"),

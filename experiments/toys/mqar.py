@@ -9,38 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.core import SLOW, Claim, Experiment, Mixer, above, build, lower
+from experiments.core import SLOW, Claim, Experiment, above, build, lower
 from experiments.toys.common import IGNORED, Facts, answered, cross_entropy, judged, learn, stack, width
-from manyheads.core import Operand, Recurrence
-from manyheads.nn import OperandSource
+from manyheads.core import Form, Operand, Recurrence
 
 LENGTH, FACTS, WORDS, NOISE, NOTHING, DIM, HEADS = 192, 64, 128, 16, 16, 64, 2
 STATE = DIM // HEADS  # channels of keys and of values
-FADING = Recurrence(operands={"g": Operand("batch heads len head_dim", lambda x: F.logsigmoid(x) / 16)})
-
-
-class GatedLinear(Mixer):
-    """Gated linear attention (Yang et al. 2023, arXiv:2312.06635): it forgets channel by channel, and has no slots."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads, "lightning_attention_2", rope_theta=None)
-        sizes = {"heads": heads, "kv_heads": heads, "head_dim": self.head_dim, "v_head_dim": self.head_dim}
-        self.form = FADING
-        self.operands = nn.ModuleDict({n: OperandSource(o, dim, sizes) for n, o in FADING.operands.items()})
+# Gated linear attention (Yang et al. 2023, arXiv:2312.06635): it forgets channel by channel, and has no slots.
+GATED_LINEAR = Recurrence(operands={"g": Operand("batch heads len head_dim", lambda x: F.logsigmoid(x) / 16)})
 
 
 def titans(**memory: Any) -> nn.Module:
     return build("titans", DIM, HEADS, variant="lmm", chunk=32, largest=0.03, **memory)
 
 
-def linear(name: str, **settings: Any) -> nn.Module:
+def linear(name: str | Form, **settings: Any) -> nn.Module:
     return build(name, DIM, HEADS, rope_theta=None, **settings)
 
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "causal": lambda: linear("causal"),
     "lightning_attention_2": lambda: linear("lightning_attention_2"),
-    "gated linear attention": lambda: GatedLinear(DIM, HEADS),
+    "gated linear attention": lambda: linear(GATED_LINEAR),
     "gated_slot_attention": lambda: linear("gated_slot_attention", slots=STATE // 2),
     "mamba2": lambda: build("mamba2", DIM, HEADS, expand=1, head_dim=STATE, state_dim=STATE),
     "gated delta rule": lambda: linear("deltaproduct", products=1, gated=True, negative=False, **SLOW),
