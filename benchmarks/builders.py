@@ -10,6 +10,10 @@ table, turn (the transposed table), forward (table included) and backward (turn 
 host's launches are most of that: pool, choose, table and turn are timed as CUDA graphs as well, which shares count.
 Lists are checked first: those of top-k equal those of torch operations where sums are exact, those of top-p are right
 for masses in float64.
+
+--builders windows stripes map: what infllm_v2 and flexprefill choose by, with their published sizes, and the cells of a
+whole map that hold a share of it. flexprefill infllm_v2 dhsa: their whole choices. Their rows have the milliseconds of
+choosing, as a CUDA graph too, and by torch operations up to 32k. All but dhsa's are checked first.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ from cases import Shape
 from selections import QUERIES, K, ours, pairs, selection
 from torch import Tensor
 
-from manyheads.core import picking
+from manyheads.core import builders, picking
 from manyheads.core.checks import build_inputs
-from manyheads.core.choosing import Past, best_past, block_means, fewest_past
-from manyheads.core.forms import Blocks
+from manyheads.core.choosing import Past, best_past, block_means, fewest_past, products, window_means
+from manyheads.core.forms import Blocks, Selection
+from manyheads.mechanisms import get
 
 # ---- builders: of mean queries and mean keys ----
 
@@ -96,6 +101,95 @@ def check(name: str, q: Tensor, k: Tensor, past: Past, share: float) -> None:
             raise RuntimeError(f"{name} is wrong about {int(wrong.sum())} rows of head {h}")
 
 
+# ---- choices: of q and k ----
+
+SIZES = {"kernel": 32, "stride": 16}  # of infllm_v2's windows
+BLOCK, TOP, FIRST, LOCAL, LAST = 64, 96, 1, 31, 200
+
+
+def outweighed(kept: Tensor, likes: Tensor, seen: Tensor, taken: Tensor, number: Tensor) -> Tensor:
+    """bool [...]: rows of the map `kept` that are not the `number` blocks of those `seen` with the greatest likes
+    float64, what is `taken` first. What differs by less than 1e-4 counts as equal: scores of up to 20 in float32 are
+    off by 1e-5."""
+    wrong = (kept.sum(-1) != torch.minimum(seen.sum(-1), number)) | (kept & ~seen).any(-1) | (taken & ~kept).any(-1)
+    lightest = likes.masked_fill(~kept | taken, torch.inf).amin(-1)
+    return wrong | (lightest < (1 - 1e-4) * likes.masked_fill(kept | ~seen, 0.0).amax(-1))
+
+
+def windows(q: Tensor, k: Tensor, by: Any = builders) -> tuple[Tensor, Tensor]:
+    """Of heads that share a key head."""
+    together, rule = q.shape[1] // k.shape[1], (1, BLOCK, k.shape[2] - q.shape[2], FIRST, LOCAL)
+    scale, means = q.shape[-1] ** -0.5, window_means(k, **SIZES)
+    return by.best_windows(q, means, scale, TOP, 0, together, *SIZES.values(), *rule)
+
+
+def check_windows(q: Tensor, k: Tensor) -> None:
+    lists, n, group = windows(q, k), k.shape[2], q.shape[1] // k.shape[1]
+    last = q[:, :group, -LAST:], k[:, :1]
+    kept = Blocks(*(t[:, :1, -LAST:] for t in lists)).to_map(-(-n // BLOCK))
+    likes = picking.window_weights(
+        last[0].double(), window_means(last[1].double(), **SIZES), q.shape[-1] ** -0.5, n - LAST, kept.shape[-1], group,
+        *SIZES.values(), BLOCK,
+    )  # fmt: skip
+    seen, taken = picking.past(LAST, kept.shape[-1], 1, BLOCK, n - LAST, FIRST, LOCAL, device=q.device)
+    if (wrong := outweighed(kept, likes, seen, taken, torch.tensor(TOP, device=q.device))).any():
+        raise RuntimeError(f"windows is wrong about {int(wrong.sum())} of {LAST} rows")
+
+
+def stripes(q: Tensor, k: Tensor, by: Any = builders) -> Tensor:
+    return by.stripes(q[:, :, -QUERIES:], k, q.shape[-1] ** -0.5, QUERIES)
+
+
+def check_stripes(q: Tensor, k: Tensor) -> None:
+    group = q.shape[1] // k.shape[1]
+    torch.testing.assert_close(  # weights of a float32 score of 10 are off by 1e-6, relatively
+        stripes(q, k)[:, :, :group].double(),
+        stripes(q[:, :group].double(), k[:, :1].double(), picking),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+
+
+def cells(q: Tensor, k: Tensor, by: Any = builders) -> Tensor:
+    """Of all means of 128 queries and keys of a head."""
+    mass = products(*(block_means(t, QUERIES) for t in (q, k))).mul(q.shape[-1] ** -0.5).flatten(-2).softmax(-1)
+    return by.heaviest(mass, torch.full((1,), 0.9, device=q.device), 0, False)
+
+
+def check_cells(q: Tensor, k: Tensor) -> None:
+    mass = products(*(block_means(t[:, :1].double(), QUERIES) for t in (q, k))) * q.shape[-1] ** -0.5
+    kept, p = cells(q, k)[:, 0], mass.flatten(-2).softmax(-1)[:, 0]
+    if amiss(kept, p, torch.zeros_like(kept), 0.9).any():
+        raise RuntimeError("the cells of a map are wrong")
+
+
+CHOICES: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "windows": (windows, check_windows), "stripes": (stripes, check_stripes), "map": (cells, check_cells),
+}  # fmt: skip
+WHOLE: dict[str, dict[str, Any]] = {"flexprefill": {}, "infllm_v2": {}, "dhsa": {"grain": 16}}
+
+
+def choice(shape: Shape, name: str, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    q, k = (
+        torch.randn(1, heads, shape.length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (shape.heads, shape.kv_heads)
+    )
+    if name in WHOLE:
+        form = get(name)(**WHOLE[name])
+        assert isinstance(form, Selection)
+        calls = {"choose": partial(form.select, q, k, scale=shape.head_dim**-0.5, offset=0)}
+    else:
+        choose, check = CHOICES[name]
+        check(q, k)
+        calls = {"choose": partial(choose, q, k), "by_torch": partial(choose, q, k, picking)}
+        if shape.length > 32 * K:
+            del calls["by_torch"]
+    ms = {f"{step}_ms": round(attention.measured(call, seconds)["median_ms"], 4) for step, call in calls.items()}
+    graph = attention.graphed(calls["choose"], seconds)
+    return ms | ({} if graph is None else {"choose_graph_ms": round(graph, 4)})
+
+
 # ---- rows ----
 
 GRAPHED = ("pool", "choose", "table", "turn")
@@ -152,6 +246,8 @@ def line(row: dict[str, Any]) -> str:
         return about + row["failed"]
     steps = {name.removesuffix("_ms").replace("_", " "): ms for name, ms in row.items() if name.endswith("_ms")}
     spent = ", ".join(f"{name} {ms}" for name, ms in steps.items())
+    if "kept" not in row:
+        return f"{about}ms: {spent}"
     shares = f"pool, choose and turn {row['of_forward']:.1%} of forward, {row['of_both']:.1%} of both passes"
     return f"{about}{row['kept']:.1%} kept, ms: {spent}; {shares}"
 
@@ -161,7 +257,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32 * K, 128 * K, 256 * K])
     parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], choices=(64, 128))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
-    parser.add_argument("--builders", nargs="+", default=list(BUILDERS), choices=list(BUILDERS))
+    parser.add_argument("--builders", nargs="+", default=list(BUILDERS), choices=[*BUILDERS, *CHOICES, *WHOLE])
     parser.add_argument("--share", type=float, default=0.1, help="of key blocks, or of the softmax")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each step")
     parser.add_argument("--limit", type=int, default=120, help="seconds for a row, compiling included")
@@ -173,12 +269,20 @@ def main() -> int:
     rows, start = [], time.perf_counter()
     add = attention.recorder(rows, given.results)
     cases = [(n, d, b, m) for n in given.lengths for d in given.head_dims for b in given.blocks for m in given.builders]
+    cases = [case for case in cases if case[3] in BUILDERS or case[2] == given.blocks[0]]
     for length, head_dim, block, name in cases:
-        shape = Shape(1, 32, 8, length, head_dim)
-        row = {"case": f"blocks of {block}: {name}", **shape._asdict(), "dtype": "bfloat16", "share": given.share}
+        pooled = name in BUILDERS
+        shape = Shape(1, 32 if pooled else 16, 8 if pooled else 4, length, head_dim)
+        row = {"case": f"choosing: {name}", **shape._asdict(), "dtype": "bfloat16"}
+        row |= {"case": f"blocks of {block}: {name}", "share": given.share} if pooled else {}
         try:
             with attention.limited(given.limit):
-                row |= {"engine": "ours", **bench(shape, block, name, given.share, given.seconds)}
+                found = (
+                    bench(shape, block, name, given.share, given.seconds)
+                    if pooled
+                    else choice(shape, name, given.seconds)
+                )
+                row |= {"engine": "ours", **found}
         except Exception as e:
             row |= {"engine": "ours", "failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
         add(row)

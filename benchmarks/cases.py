@@ -88,6 +88,8 @@ def case(name: str, heads: int, length: int, device: str = "cuda") -> Case:
         return plain(causal, None, causal_pairs)._replace(dropout=0.1)
     if name == "entmax":
         return Case(Scores(mask=causal, normaliser="entmax", alpha=1.5), {}, causal_pairs)
+    if name == "top-k":
+        return Case(Scores(mask=causal, normaliser="top_k", top_k=64), {}, causal_pairs)
     if name == "prefix":
         n_prefix = min(PREFIX, length)
         return plain(
@@ -111,7 +113,7 @@ def case(name: str, heads: int, length: int, device: str = "cuda") -> Case:
 
 NAMES = (
     "full", "causal", "window", "softcap", "alibi", "bias", "sinks", "sigmoid", "signed", "documents", "prefix",
-    "dilation", "window_softcap", "window_alibi", "dropout", "entmax",
+    "dilation", "window_softcap", "window_alibi", "dropout", "entmax", "top-k",
 )  # fmt: skip
 
 K = 1024

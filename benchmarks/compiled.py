@@ -56,6 +56,7 @@ def form_of(name: str):
         "full": lambda: Scores(),
         "causal": lambda: Scores(mask=causal),
         "dropout": lambda: Scores(mask=causal),
+        "top-k": lambda: Scores(mask=causal, normaliser="top_k", top_k=64),
         "softcap": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: 50.0 * torch.tanh(s / 50.0)),
         "alibi": lambda: Scores(mask=causal, score=lambda s, b, h, i, j: s - slopes[h] * (i - j)),
     }[name]()
@@ -65,20 +66,26 @@ def form_of(name: str):
 
 
 def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from manyheads.engines.triton.hopper import backward, entmax, forward, given_levels, launching
+    from manyheads.engines.triton.hopper import backward, forward, given_levels, launching, looks, top_k
 
-    for name in ALPHAS:
-        form, known = given_levels.scaled(form_of(name)), given_levels.power_of(form_of(name)).known
+    for name in (*ALPHAS, "top-k"):
+        known = given_levels.power_of(form_of(name)).known if name in ALPHAS else 0
+        form = given_levels.scaled(form_of(name)) if name in ALPHAS else top_k.found_in(form_of(name))
         for width in forward.TILINGS:
             keys, stages, _ = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys}
-            constants = {"KIND": 1, "MASKED": True, "POSITIONS": False, "q_at": None, "kv_at": None, "STAGES": stages}
-            constants |= {"FIRST": False, "POWER": known} | ({"powers": None} if known else {})
-            yield f"levels {name} {width}", partial(compiled, entmax.LEVELS, form, boxes, width, constants)
-    for name in (*SCORES, *ALPHAS):
-        form = form_of(name) if name in SCORES else given_levels.given_levels(form_of(name), given_levels.weights, 0)
+            constants = {"KIND": 1, "MASKED": 2, "POSITIONS": False, "q_at": None, "kv_at": None, "STAGES": stages}
+            constants |= {"FIRST": False, "POWER": known} | ({"ends": None, "count": None} if name in ALPHAS else {})
+            constants |= {} if name in ALPHAS and not known else {"powers": None}
+            yield f"levels {name} {width}", partial(compiled, looks.LEVELS, form, boxes, width, constants)
+    for name in (*SCORES, *ALPHAS, "top-k"):
+        form = form_of(name)
+        if name in ALPHAS:
+            form = given_levels.given_levels(form, given_levels.weights, 0)
+        elif name == "top-k":
+            form = top_k.above_level(form, 0)
         masked, kind = form.program.has_mask, 1 if form.program.has_mask else 0
-        common = {"KIND": kind, "MASKED": masked, "POSITIONS": False, "q_at": None, "kv_at": None}
+        common = {"KIND": kind, "MASKED": 2 * masked, "POSITIONS": False, "q_at": None, "kv_at": None}
         common["NORMALISER"] = launching.NORMALISERS[form.normaliser]
         common |= {} if name == "dropout" else dict.fromkeys(launching.DROPOUT)
         common |= {"bits": None, "QUERY_BLOCK": 0, "KEY_BLOCK": 0}
@@ -112,7 +119,7 @@ def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     from manyheads.engines.triton.hopper import backward, forward, launching
 
     form = form_of("causal")
-    common = {"MASKED": True, "POSITIONS": False, "q_at": None, "kv_at": None, "NORMALISER": 0, "KIND": 2}
+    common = {"MASKED": 2, "POSITIONS": False, "q_at": None, "kv_at": None, "NORMALISER": 0, "KIND": 2}
     common |= dict.fromkeys(launching.DROPOUT)
     for (query_block, key_block), width in product(SMALL, forward.TILINGS):
         label, halves = f"of {query_block} and {key_block}, {width}", key_block < 128
@@ -147,6 +154,93 @@ def list_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"uniting{label} {query_block} {key_block}", partial(tables, uniting.uniting, constants)
 
 
+def round_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What brings queries to the blocks that they chose, and back: plain Triton."""
+    from manyheads.engines.triton.hopper.kernels import moving, ordering
+
+    sizes: dict[str, Any] = {"QUERY_BLOCK": 1, "KEY_BLOCK": 512, "SLOTS": 512}
+    yield "bits of rows", partial(rounds, ordering.mark, sizes)
+    yield "number of rows", partial(rounds, ordering.count, {"SLOTS": 512})
+    yield "place rows", partial(rounds, ordering.place, {**sizes, "PAST": True})
+    for width in (64, 128, 256):
+        sizes = {"dim": width, "DIM": width, "ROWS": 16}
+        yield f"gather rows {width}", partial(rounds, moving.gather, {**sizes, "TILE": 128})
+        yield f"merge rows {width}", partial(rounds, moving.merge, {**sizes, "sink": None})
+        yield f"add rows {width}", partial(rounds, moving.add, sizes)
+
+
+def rounds(kernel: Any, constants: dict[str, Any]) -> Any:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    narrow = ("out", "x", "o", "own_o", "part_o", "parts") + (("own",) if kernel.__name__ == "add" else ())
+    whole = ("rows", "slots", "words", "sums", "numbers", "shifts", "indices", "counts")
+    types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(whole, "*i32")
+    types |= dict.fromkeys(("lse", "own_lse", "part_lse"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*u8" if name == "own" else "i32") for name in kernel.arg_names}
+    given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    even = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in free)]
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    made = ASTSource(kernel, signature, given, aligned)
+    return compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def map_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What makes tables of masks: plain Triton."""
+    import torch
+
+    from manyheads.engines.triton.hopper.kernels import listing
+
+    of, block = torch.zeros(9, dtype=torch.int32), torch.zeros(4, 9, 9, dtype=torch.bool)
+    rate = torch.zeros(4)
+    yield "tiles of a map", partial(tables, listing.tiles_needed, {"SLOTS": 128})
+    masks: dict[str, Callable[..., Any] | None] = {
+        "documents": lambda b, h, i, j: (of[i] == of[j]) & (j <= i),
+        "blocks": lambda b, h, i, j: block[h, i // 64, j // 64] & (j <= i),
+        "dilation": lambda b, h, i, j: (0 <= i - j < 99) & ((i - j) % 8 == 0),
+        "distance": lambda b, h, i, j: torch.log2((i - j).clamp(min=0) + 1.0) * rate[h] < 0.1 * torch.exp(i * -0.1),
+        "none": None,
+    }
+    for name, mask in masks.items():
+        for given in (False, True) if mask else (True,):
+            yield f"map {name}{' of positions' if given else ''}", partial(mapped, mask, given)
+
+
+def mapped(mask: Callable[..., Any] | None, given: bool) -> Any:
+    """given: positions are tensors."""
+    import torch
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from manyheads.core.expressions import trace
+    from manyheads.engines.triton.hopper import maps
+
+    constants: dict[str, Any] = {"QUERIES": 128, "KEYS": 128, "BLOCK": maps.BLOCK}
+    constants |= {} if given else {"q_at": None, "kv_at": None}
+    types = {"out": "*u8", "q_at": "*i64", "kv_at": "*i64"}
+    if mask is None:
+        entry, constants = maps.mapping.mapping, {**constants, "A": None, "BOUNDS": None}
+    else:
+        program = trace(mask)
+        source = program.source(outputs=("bounds",))
+        entry = maps.MAPPING.entry(source)
+        kinds = {torch.int32: "*i32", torch.bool: "*i1", torch.float32: "*fp32"}
+        types |= {a.name: kinds[program.tensors[int(a.of)].dtype] for a in source.signature if a.kind in POINTERS}
+        types |= {a.name: "fp32" for a in source.signature if a.kind in ("fp32", "inverse")}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in entry.arg_names}
+    places = {name: (k,) for k, name in enumerate(entry.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    made = ASTSource(entry, signature, {places[name]: value for name, value in constants.items()}, aligned)
+    return compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+POINTERS = ("pointer", "least", "greatest")
+
+
 def tables(kernel: Any, constants: dict[str, Any]) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
@@ -176,6 +270,7 @@ def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constant
     types = {a.name: numbers.get(a.kind, "i32") for a in source.signature}
     types |= {"lse": "*fp32", "top": "*fp32", "delta": "*fp32", "table": "*i32", "scale": "fp32", "seed": "*i64"}
     types |= {"inflation": "fp32", "level": "*fp32", "powers": "*fp32", "ahead": "*i32", "bits": "*i32"}
+    types |= {"ends": "*fp32"}
     types |= {name: descriptor(rows) for name, rows in boxes.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in entry.arg_names}
     places = {name: (k,) for k, name in enumerate(entry.arg_names)}
@@ -207,13 +302,12 @@ def read(kernel: Any) -> Found:
 # ---- recurrences ----
 
 WRITES = {
-    "add": (), "channels": ("A", "K_OUT"), "delta": ("T", "BETA", "FADES"),
-    "delta channels": ("A", "B", "T", "BETA", "FADES", "K_OUT"),
+    "add": (), "channels": ("A", "K_OUT"), "delta": ("T", "BETA"), "delta channels": ("A", "B", "T", "BETA", "K_OUT"),
 }  # fmt: skip
 LEFT_OUT = {  # what nobody asks for in a launch
     "walk": ("U", "TRANSITION", "TOTALS", "STATES"), "walk segments": ("Q", "O", "START", "U", "STATES"),
     "walk states": ("O", "TRANSITION", "TOTALS", "END"), "back": ("TRANSITION", "TOTALS"),
-    "back segments": ("START", "Z", "STATES"),
+    "back segments": ("START", "Z", "DV_", "STATES"),
 }  # fmt: skip
 
 
@@ -242,10 +336,10 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     alone = name == "solve"
     tile = tables.Tile(0, 4, 1) if alone else tables.tile(name, 2, width, width, "channels" in writes)
     constants: dict[str, Any] = {"D": width, "DV": width, "PD": width, "BV": tile.columns, "BK": tile.columns}
-    constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "UNIT": 1}
+    constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "EVEN": True, "UNIT": 1}
     constants |= {"SIMULATED": False}
     read = {"A", "B", "T", "BETA", "K_OUT"}
-    read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN", "FADES"))
+    read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN"))
     read |= set(() if "channels" in writes else ("DA", "DB"))
     read |= {"K"} if name == "walk" and writes == "channels" else set()
     absent = {*LEFT_OUT.get(launch, ()), *(read - set(WRITES[writes]))}
@@ -254,7 +348,7 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {
         n: None for n in kernel.arg_names if n in absent
     }
-    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "ENDS", "FADES", "G", "BETA", "DG", "DBETA"}
+    wide = {"START", "END", "TRANSITION", "TOTALS", "SUMS", "ENDS", "FADES", "STRENGTHS", "G", "BETA", "DG", "DBETA"}
     wide |= {"DQ_PART", "DK_PART", "DG_PART"}
     types = {n: "*fp32" if n in wide else "*bf16" if n.isupper() or n == "DV_" else "i32" for n in kernel.arg_names}
     types |= {"scale": "fp32"} if "scale" in types else {}
@@ -262,8 +356,7 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     free = {p.name for p in kernel.params if p.do_not_specialize}
     even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and "_" in n and n not in free)]
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=tile.options)
 
 
 # ---- choosing blocks ----
@@ -272,7 +365,7 @@ BLOCKS = (64, 256, 1024, 2048, 8192)  # of keys
 
 
 def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from manyheads.engines.triton.choosing import launches
+    from manyheads.engines.triton.choosing import launches, weighing
 
     absent: dict[str, Any] = {"indices": None, "counts": None}
     for width in (64, 128):
@@ -285,6 +378,15 @@ def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         for name, shared in (("best", False), ("fewest", True)):
             own = {"SHARE": shared, "D": 128, "PRECISION": "tf32x3", **launches.tile_of(blocks, 128)}
             yield f"{name} past of {blocks}", partial(choosing, "past", "past", own)
+        tile = {"TOGETHER": 4, **weighing.window_tile_of(blocks, 4, 1, 4, 128), "PRECISION": "tf32x3"}
+        yield f"windows of {blocks}", partial(choosing, "windows", "windows", tile)
+    own = {"D": 128, "PD": 128, "ROWS": weighing.ROWS, "PART": launches.PART, "PRECISION": "tf32x3"}
+    yield "divisors", partial(choosing, "stripes", "divisors", {**own, "CHUNK": weighing.CHUNK})
+    yield "stripes", partial(choosing, "stripes", "stripes", own)
+    chunk = {"FIRST": False, "CHUNK": launches.LOOKED}
+    yield "measure", partial(choosing, "long", "measure", {**chunk, "SHARED": True})
+    yield "narrow", partial(choosing, "long", "narrow", {"PART": launches.TOGETHER})
+    yield "keep", partial(choosing, "long", "keep", chunk)
     yield "listing", partial(choosing, "listing", "listing", {"ROWS": 4, "COLUMNS": 512})
     for name in ("count", "place"):
         yield name, partial(choosing, "turning", name, {"COLUMNS": 32})
@@ -297,18 +399,25 @@ def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from manyheads.engines.triton.choosing import launches
+    from manyheads.engines.triton.choosing import launches, weighing
 
     kernel = getattr(import_module(f"manyheads.engines.triton.choosing.kernels.{module}"), name)
     types = dict.fromkeys(kernel.arg_names, "i32") | {"x": "*bf16", "q": "*bf16", "kept": "*u8", "keep": "*u8"}
     types |= dict.fromkeys(("indices", "counts", "words", "begins", "numbers"), "*i32")
     types |= dict.fromkeys(("k", "space", "mass"), "*fp32") | {"out": "*i32" if module == "turning" else "*fp32"}
+    types |= {
+        "windows": {"k": "*fp16", "low": "*fp16", "sizes": "*fp32"}, "stripes": {"k": "*bf16", "divisor": "*fp32"},
+        "long": {"limits": "*i64", "number_above": "*i32", "before": "*i32"},
+    }.get(module, {})  # fmt: skip
+    types |= dict.fromkeys(("masses", "mass_above"), "*fp32")
     types |= {"scale": "fp32", "share": "fp32" if module == "past" else "*fp32"} | dict.fromkeys(constants, "constexpr")
     types = {n: types[n] for n in kernel.arg_names}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and n not in free)]
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
-    options = {"num_warps": launches.warps(constants.get("COLUMNS", 1))}
+    options = {"num_warps": 8 if module == "long" else launches.warps(constants.get("COLUMNS", 1))}
+    if module in weighing.OPTIONS:
+        options = weighing.OPTIONS[module] | weighing.few(constants)
     return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -367,7 +476,8 @@ def check(only: str) -> dict[str, Any]:
     import triton
 
     rows: dict[str, Any] = {"triton": triton.__version__}
-    hopper = [*hopper_kernels(), *small_kernels(), *list_kernels()] if only in ("hopper", "all") else []
+    tables = *list_kernels(), *map_kernels(), *round_kernels()
+    hopper = [*hopper_kernels(), *small_kernels(), *tables] if only in ("hopper", "all") else []
     hopper += list(recurrence_kernels()) if only in ("recurrences", "all") else []
     hopper += list(choosing_kernels()) if only in ("choosing", "all") else []
     for name, make in [*hopper, *(plain_kernels() if only in ("plain", "all") else [])]:

@@ -6,11 +6,11 @@
 Every engine is checked first against float64, on the first head: o and all gradients. A row is one engine on one case,
 forward or backward: the median of many runs with the 20th and 80th percentile, the same as a CUDA graph where it can be
 one (the forward pass; without what a launch costs), the seconds of the first call, the memory beyond what is returned,
-and GB/s, which count the fewest bytes: what goes in is read once, what comes out is written once. fla is timed in its
-own layout, [batch, length, heads, head_dim], and so is FlashQLA. cuDNN computes causal softmax of the same shape, as a measure. An engine
-that takes too long, tuning for instance, is a row that says so. The pass "step" is one more token for a batch of rows
-with states: GB/s are there of the states, read and written. Rows are appended to a file of JSON lines; a table comes
-last.
+and GB/s, which count the fewest bytes: what goes in is read once, what comes out is written once. fla and FlashQLA are
+timed in their own layout, [batch, length, heads, head_dim]. cuDNN computes causal softmax of the same shape, as a
+measure. An engine that takes too long, tuning for instance, is a row that says so. The pass "step" is one more token
+for a batch of rows with states: GB/s are there of the states, read and written. Rows are appended to a file of JSON
+lines; a table comes last.
 """
 
 from __future__ import annotations

@@ -2,15 +2,17 @@
 
     python benchmarks/selections.py                                     all lengths, blocks and widths
     python benchmarks/selections.py --lengths 32768 --blocks 128 --peers ours flex
-    python benchmarks/selections.py --query-blocks 1 16 64 --blocks 512 64 --peers ours
+    python benchmarks/selections.py --query-blocks 1 16 64 --blocks 512 64 --peers ours unions
 
 Each 128 queries look at a share of the key blocks before them, drawn at random, and causally at their own ones.
---query-blocks: so many queries instead.
+--query-blocks: so many queries instead. Where ours are run in rounds, "unions" are tiles of 128 queries in their
+natural order that visit what any of them chose.
 Every engine is checked first against float64: o, dq, dk and dv of the last queries of the first heads. A row is one
 engine, forward or backward, as benchmarks/attention.py has them; useful TFLOP/s count the pairs that are chosen and
 allowed. Building tables of lists is in our times and not in FlexAttention's, whose BlockMask is made before. The row
 "parts" has the milliseconds of what comes before the kernels, alone: choosing by pooled scores, our tables, the
-transposed ones, and FlexAttention's BlockMask. cuDNN computes all causal pairs, and its TFLOP/s count them.
+transposed ones, or the order of rounds, and FlexAttention's BlockMask. cuDNN computes all causal pairs, and its TFLOP/s
+count them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -103,6 +106,16 @@ def ours(form: Selection, blocks: Blocks, block: int) -> Run:
     return run
 
 
+def unions(form: Selection, blocks: Blocks, block: int) -> Run:
+    from manyheads.engines.triton import hopper, launch
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = build_inputs(form, q, k, v, None, None, None, None, {})
+        return launch.attend(form.scores, x, hopper.selected.chosen_of(form, x, blocks))[0]
+
+    return run
+
+
 def flex(form: Selection, blocks: Blocks, block: int) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -132,7 +145,7 @@ def block_mask(blocks: Blocks, block: int) -> Any:
     )
 
 
-PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "flex": flex}
+PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "unions": unions, "flex": flex}
 
 
 # ---- rows ----
@@ -213,18 +226,19 @@ def parts(
 
     q, k, v = (t.detach() for t in given)
     x = build_inputs(form, q, k, v, None, None, None, None, {})
-    choosing = partial(hopper.selected.chosen_of, form, x, blocks)
+    choosing = partial(hopper.chosen_of, form, x, blocks)
     chosen = choosing()
-    table = partial(chosen.table_of, form.scores.program, x)
-    tiling = backward.keys_tiling_of(form.scores, x, chosen)
-    turned = (tiling.queries, 64 if tiling.halves else 128)
-    calls: dict[str, Callable[[], Any]] = {
-        "choosing_ms": partial(pooled, q, k, block, share, form.query_block),
-        "table_ms": partial(table, (QUERIES, forward.tiling_of(form.scores, x, chosen).keys), {}),
-        "transposing_ms": partial(table, turned, {}, True),
-    }
-    if chosen.bits is not None:
-        calls["marking_ms"] = choosing
+    calls: dict[str, Callable[[], Any]] = {"choosing_ms": partial(pooled, q, k, block, share, form.query_block)}
+    if isinstance(chosen, hopper.rounds.Rounds):
+        calls["ordering_ms"] = lambda: deque(hopper.rounds.ordered(form.scores, x, chosen), maxlen=0)
+    else:
+        table = partial(chosen.table_of, form.scores.program, x)
+        tiling = backward.keys_tiling_of(form.scores, x, chosen)
+        turned = (tiling.queries, 64 if tiling.halves else 128)
+        calls["table_ms"] = partial(table, (QUERIES, forward.tiling_of(form.scores, x, chosen).keys), {})
+        calls["transposing_ms"] = partial(table, turned, {}, True)
+        if chosen.bits is not None:
+            calls["marking_ms"] = choosing
     if "flex" in wanted:
         calls["flex_block_mask_ms"] = partial(block_mask, blocks, block)
     row = {**about, "case": f"{about['case']}: parts", "engine": "ours"}
@@ -245,7 +259,7 @@ def summary(rows: list[dict[str, Any]], wanted: list[str]) -> str:
     return "\n".join(lines)
 
 
-PARTS = ("choosing_ms", "marking_ms", "table_ms", "transposing_ms", "flex_block_mask_ms")
+PARTS = ("choosing_ms", "marking_ms", "ordering_ms", "table_ms", "transposing_ms", "flex_block_mask_ms")
 
 
 def main() -> int:

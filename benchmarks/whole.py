@@ -32,7 +32,8 @@ K = 1024
 LENGTHS = (8 * K, 32 * K, 128 * K, 512 * K, 1024 * K)
 HEADS, KV_HEADS, HEAD_DIM, RUN = 16, 4, 128, 512
 SETTINGS: dict[str, dict[str, Any]] = {
-    "moba": {"block_size": 4096, "top_k": 12}, "flexprefill": {"gamma": 0.95, "tau": 0.1}, "infllm_v2": {}, "dhsa": {},
+    "moba": {"block_size": 4096, "top_k": 12}, "flexprefill": {"gamma": 0.95, "tau": 0.1}, "infllm_v2": {},
+    "dhsa": {"grain": 16},  # of which there are lists; the paper's is 1
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.core.alike import alike
 from manyheads.core.checks import build_inputs
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs
@@ -73,10 +74,10 @@ def attention(
 
     Raises TypeError or ValueError, in one sentence, for what does not fit.
     """
-    key = None
-    if q_positions is None and kv_positions is None and state is None and not return_state and not dropout:
-        key = _key(q, k, v, mechanism, engine, scale, return_lse, settings_and_operands) if seed is None else None
-    if (again := _KNOWN.get(key)) is not None and (made := again((q, k, v))) is not None:
+    key, tensors = None, [q, k, v]
+    if q_positions is kv_positions is state is seed is None and not (return_state or dropout):
+        key = _key(tensors, mechanism, engine, scale, return_lse, settings_and_operands)
+    if (again := _KNOWN.get(key)) is not None and (made := again(tensors)) is not None:
         return made if return_lse else made[0]
     form, operands = _form(mechanism, settings_and_operands)
     x = build_inputs(form, q, k, v, scale, q_positions, kv_positions, state, operands, dropout, seed)
@@ -184,35 +185,44 @@ for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_resul
 
 # ---- calls once more: what is checked and chosen once holds for all calls of a kind ----
 
-Again = Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...] | None]  # of q, k, v; None: not this time
+# Of q, k, v and the operands in the order in which they were given; None: not this time.
+Again = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None]
 REPEAT: dict[str, Callable[[Form, Inputs], Again | None]] = {"triton": triton.again, "sdpa": sdpa.again}
-FAST = ("cuda",)  # devices where a call's own time is seen beside the kernel's
 CALLS = 512  # kinds of calls that are kept
 _KNOWN: dict[Any, Again] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)  # not what is derived from them
+_NAMES = (int, float, bool, str, type(None))
 
 
 def _key(
-    q: Any, k: Any, v: Any, mechanism: Any, engine: str, scale: Any, return_lse: bool, given: Mapping[str, Any]
+    tensors: list[Any], mechanism: Any, engine: Any, scale: Any, return_lse: bool, given: Mapping[str, Any]
 ) -> tuple[Any, ...] | None:
-    """What a call depends on besides the numbers in q, k and v; None if that is more than can be told from names, or if
-    somebody watches what torch does."""
-    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is Tensor:
+    """What a call depends on besides the numbers in q, k, v and the operands, which are put behind them; None if that
+    is more than can be told from names, or if somebody watches what torch does."""
+    if torch.compiler.is_compiling() or not isinstance(mechanism, (str, Form, Mechanism)) or type(engine) is not str:
         return None
-    if q.device.type not in FAST or _watched():
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
-    if not isinstance(mechanism, str | Form | Mechanism) or not isinstance(engine, str):
-        return None
-    for value in (scale, *given.values()):
-        if not isinstance(value, int | float | str | None):
+    names: list[Any] = []
+    for name, value in given.items():
+        names.append(name)
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        else:
+            names += (type(value), value)
+            if type(value) not in _NAMES:
+                return None
+    for t in tensors:
+        if type(t) not in _PLAIN or not _fast(t):
             return None
-    a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    return (
-        mechanism, engine, scale, return_lse, *given.items(), q.shape, q.stride(), q.dtype, q.device, k.shape,
-        k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device, a % 16, b % 16, c % 16, a == b, a == c,
-        b == c,
-    )  # fmt: skip
+    facts = None if type(scale) not in _NAMES or _watched() else alike(tensors)
+    if facts is None:
+        return None
+    learned = tuple([t.requires_grad for t in tensors]) if torch.is_grad_enabled() else ()
+    return mechanism, engine, scale, return_lse, learned, *names, *facts
+
+
+def _fast(t: Tensor) -> bool:
+    """Whether it lies where a call's own time is seen beside the kernel's."""
+    return t.is_cuda
 
 
 def _watched() -> bool:

@@ -217,19 +217,21 @@ def warpgroup_mma_wait(outstanding: int, deps: list[Later]) -> Any:
 
 
 class Pointer:
-    def __init__(self, values: np.ndarray, at: Any = 0):
-        self.values, self.at = values, at
+    """narrow: the tensor of 16 bits that `values` are of, as float32."""
+
+    def __init__(self, values: np.ndarray, at: Any = 0, narrow: torch.Tensor | None = None):
+        self.values, self.at, self.narrow = values, at, narrow
 
     @staticmethod
     def to_tensor(x: torch.Tensor) -> Pointer:
         size = x.untyped_storage().nbytes() // x.element_size()
         flat = x.detach().as_strided((size,), (1,), 0)
-        return Pointer(
-            (flat.float() if x.dtype in (torch.bfloat16, torch.float16) else flat).numpy(), x.storage_offset()
-        )
+        if x.dtype in (torch.bfloat16, torch.float16):
+            return Pointer(flat.float().numpy(), x.storage_offset(), flat)
+        return Pointer(flat.numpy(), x.storage_offset())
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.values, self.at + offset)
+        return Pointer(self.values, self.at + offset, self.narrow)
 
 
 def _load(at: Pointer, mask: Any = None, other: float = 0.0) -> Any:
@@ -247,7 +249,12 @@ def _store(at: Pointer, values: Any, mask: Any = True) -> None:
     there = np.broadcast_to(np.asarray(mask), np.shape(at.at))
     index = np.asarray(at.at)[there]
     assert not index.size or (index.min() >= 0 and index.max() < at.values.size), "written outside of a tensor"
-    at.values[index] = np.broadcast_to(np.asarray(values), there.shape)[there]
+    given = np.broadcast_to(np.asarray(values), there.shape)[there]
+    if at.narrow is None:
+        at.values[index] = given
+    else:
+        at.narrow[torch.from_numpy(index)] = torch.from_numpy(np.array(given, np.float32)).to(at.narrow.dtype)
+        at.values[index] = at.narrow[torch.from_numpy(index)].float().numpy()
 
 
 def _atomic_or(at: Pointer, values: Any, mask: Any = True, sem: str = "") -> None:
@@ -303,7 +310,12 @@ def _unary(function: Any) -> Any:
     return lambda x: Array.of(function(np.asarray(x, np.float32)))
 
 
-ASSEMBLY = {"lg2.approx.ftz.f32": np.log2}
+ASSEMBLY = {"lg2.approx.ftz.f32": np.log2, "rcp.approx.ftz.f32": np.reciprocal}
+
+
+def _assembly(text: str, constraints: str, args: list[Any], **options: Any) -> Any:
+    return _unary(ASSEMBLY[text.split()[0]])(*args) if args else None
+
 
 gl: Any = SimpleNamespace(
     bfloat16="bfloat16", float16="float16", float32="float32", int32="int32", int64="int64",
@@ -319,9 +331,10 @@ gl: Any = SimpleNamespace(
     erf=_unary(np.vectorize(math.erf)), sqrt=_unary(np.sqrt),
     abs=lambda x: Int(abs(x)) if isinstance(x, int) else Array.of(np.abs(x)),
     cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
-    max=lambda x, axis: Array.of(x.max(axis)), sum=lambda x, axis: Array.of(x.sum(axis)),
+    max=lambda x, axis: Array.of(x.max(axis)), min=lambda x, axis: Array.of(x.min(axis)),
+    sum=lambda x, axis: Array.of(x.sum(axis)),
     div_rn=lambda a, b: Array.of(np.float32(a) / np.float32(b)),
-    inline_asm_elementwise=lambda text, constraints, args, **options: _unary(ASSEMBLY[text.split()[0]])(*args),
+    inline_asm_elementwise=_assembly, expand_dims=lambda x, axis: Array.of(np.expand_dims(x, axis)),
     load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     program_id=lambda axis: Int(_grid.pid), num_programs=lambda axis: Int(_grid.programs),
 )  # fmt: skip

@@ -15,15 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyheads import get
 from manyheads.core import builders, lists, picking
-from manyheads.core.choosing import Past, best, best_blocks, best_past, block_means, fewest, fewest_past
-from manyheads.core.forms import Blocks
+from manyheads.core.choosing import (
+    Past,
+    best,
+    best_blocks,
+    best_past,
+    best_windows,
+    block_means,
+    fewest,
+    fewest_past,
+    stripes,
+    window_means,
+)  # fmt: skip
+from manyheads.core.forms import Blocks, Selection
 from tests.interpreter import interpret
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
-from builders import amiss, masses
+from builders import amiss, masses, outweighed
 
 CPU = torch.device("cpu")
 FIELDS = ("query_block", "key_block", "offset", "first", "local")
@@ -98,6 +110,40 @@ def test_past_blocks_that_are_best_or_hold_a_share():
             assert set(rows_of(held.indices, held.counts)[5 * h + m]) == true | taken
 
 
+def test_windows_speak_for_the_blocks_that_they_reach_into():
+    q, k = torch.randn(1, 4, 20, 8, dtype=torch.float64), torch.randn(1, 2, 50, 8, dtype=torch.float64)
+    means = window_means(k, 6, 2)
+    assert means.shape[2] == 23 and torch.allclose(means[0, 1, 22], k[0, 1, 44:50].mean(0))
+    assert window_means(k[:, :, :5], 6, 2).shape[2] == 0
+    past = Past(query_block=1, key_block=4, offset=30, first=1, local=1)
+    blocks = best_windows(q, means, 5, past, kernel=6, stride=2, scale=0.7, together=2, dense=36)
+    assert blocks.indices.shape == (1, 2, 20, 9)
+    found = rows_of(blocks.indices, blocks.counts)
+    for h in range(2):
+        for i in range(30, 50):
+            ends = range(5, i + 1, 2)
+            p = sum((0.7 * means[0, h, : len(ends)] @ q[0, g, i - 30]).softmax(-1) for g in (2 * h, 2 * h + 1))
+            reach = {
+                n: [p[w] for w, end in enumerate(ends) if (end - 5) // 4 <= n <= end // 4] for n in range(i // 4 + 1)
+            }
+            likes = {n: max(weights, default=0) for n, weights in reach.items()}
+            taken = {0, i // 4, i // 4 - 1}
+            ranked = sorted(likes, key=lambda n: (n not in taken, -likes[n]))
+            assert found[20 * h + i - 30] == sorted(ranked if i < 36 else ranked[:5])
+
+
+def test_stripes_hold_the_mass_of_key_blocks_and_diagonals():
+    q, k = torch.randn(1, 4, 5, 8, dtype=torch.float64), torch.randn(1, 2, 23, 8, dtype=torch.float64)
+    columns, diagonals = stripes(q, k, 4, scale=0.6)
+    for h in range(4):
+        true = torch.zeros(2, 6, dtype=torch.float64)
+        for i in range(18, 23):
+            for j, weight in enumerate((0.6 * k[0, h // 2, : i + 1] @ q[0, h, i - 18]).softmax(-1)):
+                true[0, j // 4] += weight / 5
+                true[1, (i - j) // 4] += weight / 5
+        torch.testing.assert_close(torch.stack([columns[0, h], diagonals[0, h]]), true)
+
+
 def test_lists_and_maps():
     keep = torch.rand(2, 3, 20, 15) < 0.3
     blocks = Blocks.from_map(keep)
@@ -125,6 +171,7 @@ def test_operators_are_as_torch_wants_them():
         (builders.block_means, (x, 4, 3)), (builders.best, (q, 3)), (builders.best, (q, 30)),
         (builders.heaviest, (q.softmax(-1), torch.tensor([0.4]), 1, True)), (builders.heaviest, (q, None, 2, False)),
         (builders.best_past, (q, k, 3, *RULES[1])), (builders.fewest_past, (q, k, 0.5, 0.5, 1, *RULES[1])),
+        (builders.best_windows, (q, k, 0.3, 2, 9, 2, 4, 2, 1, 4, 15, 1, 0)), (builders.stripes, (q, k, 0.3, 4)),
         (builders.listed, (q > 0,)), (builders.transposed, (*lists.listed(q > 0), 8)),
     ):  # fmt: skip
         torch.library.opcheck(operator, arguments)
@@ -181,6 +228,65 @@ def check_past(device: torch.device, sizes: tuple[int, int] = (33, 100), rules: 
             assert share < 1 or kept.equal(p > 0)
 
 
+def check_long_rows(device: torch.device, n: int = 40) -> None:
+    """Rows that are taken for long, in chunks of 16, which are added up one by one."""
+    kernels = launches()
+    sizes, (kernels.LOOKED, kernels.TOGETHER) = (kernels.LOOKED, kernels.TOGETHER), (16, 1)
+    try:
+        mass = torch.randint(0, 5, (3, n), device=device) / 64.0
+        likes = mass.masked_fill(torch.rand_like(mass) < 0.3, -torch.inf)
+        shares = torch.tensor([[0.0], [0.125], [1.0]], device=device)
+        for x, share, least, first in (
+            (mass, shares, 0, False),
+            (mass, shares[1:2, 0], 2, True),
+            (mass, shares[:1, 0], n - 15, True),
+            (likes, None, 5, False),
+        ):
+            kept = torch.empty(x.shape, dtype=torch.bool, device=device)
+            kernels.of_long_rows(x, share, kept.view(torch.uint8), least, first)
+            assert kept.equal(picking.heaviest(x, share, least, first))
+    finally:
+        kernels.LOOKED, kernels.TOGETHER = sizes
+
+
+STRIPES = [(2, 16, 200, 16, 16), (1, 70, 230, 20, 66)]  # key heads, queries, len, dim, block
+
+
+def check_stripes(device: torch.device, cases: list = STRIPES) -> None:
+    for kv_heads, queries, n, dim, size in cases:
+        q, k = 2 * torch.randn(1, 2, queries, dim, device=device), torch.randn(1, kv_heads, n, dim, device=device)
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k = q.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), k.to(dtype)
+            true = picking.stripes(q.double(), k.double(), 0.3, size)
+            # Scores of about 10 in float32 are off by 1e-6, and so are weights, relatively.
+            torch.testing.assert_close(weighing().stripes(q, k, 0.3, size).double(), true, rtol=1e-5, atol=1e-7)
+
+
+WINDOWS = [  # heads, key heads, together, len, queries, dim, count, kernel, stride, key block, first, local, dense
+    (4, 2, 2, 200, 70, 16, 5, 4, 2, 8, 1, 1, 0), (3, 1, 3, 130, 33, 20, 4, 8, 4, 4, 0, 0, 110),
+    (2, 1, 1, 150, 150, 8, 7, 4, 4, 16, 2, 2, 60), (2, 1, 2, 9, 9, 16, 3, 16, 8, 8, 1, 0, 0),
+]  # fmt: skip
+
+
+def check_windows(device: torch.device, cases: list = WINDOWS) -> None:
+    for heads, kv_heads, together, n, queries, dim, count, kernel, stride, size, first, local, dense in cases:
+        rule, blocks = (1, size, n - queries, first, local), -(-n // size)
+        q, k = 2 * torch.randn(1, heads, queries, dim, device=device), torch.randn(1, kv_heads, n, dim, device=device)
+        small = (1e-3 * q).half().transpose(1, 2).contiguous().transpose(1, 2)
+        alike = 1 + k / 4096  # which 16 bits do not tell apart
+        for x, y, scale in ((q, k, 0.3), (q.bfloat16(), k, 0.3), (small, k, 300.0), (q.bfloat16(), alike, 16 / dim)):
+            means = window_means(y, kernel, stride)
+            found = weighing().best_windows(x, means, scale, count, dense, together, kernel, stride, *rule)
+            assert found[0].shape[3] == picking.windows_width(queries, count, dense, *rule)
+            kept = Blocks(*found).to_map(blocks)
+            likes = picking.window_weights(
+                x.double(), means.double(), scale, n - queries, blocks, together, kernel, stride, size
+            )
+            seen, taken = picking.past(queries, blocks, *rule, device=device)
+            number = torch.where(torch.arange(n - queries, n, device=device) < dense, blocks, count)
+            assert not outweighed(kept, likes, seen, taken, number).any()
+
+
 def check_lists(device: torch.device) -> None:
     kernels = launches()
     for shape in ((2, 3, 7, 9), (1, 2, 70, 40), (1, 1, 33, 600)):
@@ -192,13 +298,22 @@ def check_lists(device: torch.device) -> None:
         assert begins.equal(ends) and listed[: begins[-1]].equal(true[: begins[-1]]) and listed.shape == true.shape
 
 
-CHECKS = {"means": check_means, "rows": check_rows, "past": check_past, "lists": check_lists}
+CHECKS = {
+    "means": check_means, "rows": check_rows, "long rows": check_long_rows, "past": check_past,
+    "stripes": check_stripes, "windows": check_windows, "lists": check_lists,
+}  # fmt: skip
 
 
 def launches():
     from manyheads.engines.triton.choosing import launches
 
     return launches
+
+
+def weighing():
+    from manyheads.engines.triton.choosing import weighing
+
+    return weighing
 
 
 def interpreted(name: str) -> None:
@@ -213,14 +328,16 @@ def test_kernels_in_the_interpreter(name):
 
 
 # Words that a kernel spills, at most, with Triton 3.6 and 3.7.
-SPILLED = {"best past of 2048": 8, "fewest past of 256": 8}
+SPILLED = {"best past of 2048": 8, "fewest past of 256": 8, "windows of 2048": 4}
+FREE = ["means 128", "best of 1024", "fewest of 2048", "measure", "divisors", "stripes", "listing", "place"]
 
 
-@pytest.mark.parametrize("name", ["means 128", "best of 1024", "fewest of 2048", *SPILLED, "listing", "place"])
+@pytest.mark.parametrize("name", [*FREE, *SPILLED])
 def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
     made = compiled.read(dict(compiled.choosing_kernels())[name]())
     assert made.spilled <= SPILLED.get(name, 0) and made.shared <= compiled.LIMIT, made
+    assert made.registers <= 128 or "windows" not in name, "two programs fit on a multiprocessor"
 
 
 # ---- on a GPU ----
@@ -247,18 +364,62 @@ def test_long_rows_on_a_gpu(n):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("n", [20000, 2**20 + 5])
+def test_rows_that_fit_in_no_program_on_a_gpu(n):
+    """Whole numbers of 2^-24: sums are exact in any order."""
+    mass = torch.randint(0, 2**24 // n, (3, n), device="cuda") / 2.0**24
+    shares = torch.tensor([[0.125], [0.5], [1.0]], device="cuda")
+    for share, least, first in ((shares, 0, False), (shares[:1, 0], n // 2, True), (None, 1000, False)):
+        assert launches().heaviest(mass, share, least, first).equal(picking.heaviest(mass, share, least, first))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_windows_and_stripes_of_published_sizes_on_a_gpu(dim):
+    device = torch.device("cuda")
+    for n, queries in ((20000, 300), (5000, 5000)):
+        check_windows(device, [(8, 2, 4, n, queries, dim, 40, 32, 16, 64, 1, 15, 3000)])
+    check_stripes(device, [(2, 128, 9000, dim, 128), (1, 100, 20011, dim, 100)])
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    ("name", "given"), [("flexprefill", {}), ("infllm_v2", {"dense_len": 1000}), ("dhsa", {"grain": 16})]
+)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_whole_choices_on_a_gpu_wait_for_nothing_and_stay_linear(name, given):
+    form = get(name)(**given)
+    assert isinstance(form, Selection)
+    q, k = (torch.randn(1, h, 32768, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
+    first = form.select(q, k, scale=0.1, offset=0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = form.select(q, k, scale=0.1, offset=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert first.counts.equal(again.counts)
+    made = again.indices.untyped_storage().nbytes()
+    assert torch.cuda.max_memory_allocated() - before < 3 * made + 2**30  # one head's scores are 4 GiB
+
+
+@pytest.mark.gpu
+@gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it says of itself that it does not see all
 def test_choosing_on_a_gpu_runs_kernels_and_waits_for_nothing(monkeypatch):
     q, k = (torch.randn(1, h, 4096, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
     past = Past(query_block=128, key_block=64, offset=0, first=1)
     seen: list[str] = []
-    launch = launches()._launch
+    launch = launches().launch
 
     def watched(entry, *rest, **options) -> None:
         seen.append(entry.fn.__name__)
         launch(entry, *rest, **options)
 
-    monkeypatch.setattr(launches(), "_launch", watched)
+    monkeypatch.setattr(launches(), "launch", watched)
 
     def choose() -> list[Tensor]:
         means = block_means(q, 128), block_means(k, 64)

@@ -16,7 +16,7 @@ import compiled
 # Words that a kernel spills, where a tile that spills them ran faster than a smaller one that does not: docs/log.md.
 # Dropout has the tile of softcap.
 SPILLED = {"keys softcap 128": 40, "keys causal 128": 40, "keys full 64": 4, "keys dropout 128": 48}
-SPILLED |= {"keys of 1 and 128, 128": 48}
+SPILLED |= {"keys of 1 and 128, 128": 48, "keys top-k 128": 16, "keys causal 256 dK": 4}
 CHECKED = [
     "attend full 64", "keys full 64", "queries full 64", "attend causal 128", "keys causal 128", "queries causal 128",
     "attend softcap 128", "keys softcap 128", "queries softcap 128", "attend causal 256", "keys causal 256 dK",
@@ -24,6 +24,8 @@ CHECKED = [
     "queries dropout 128", "levels entmax 64", "levels entmax 128", "levels sparsemax 256", "levels alphas 128",
     "attend entmax 128", "queries entmax 128", "keys entmax 64", "attend of 1 and 128, 128", "keys of 1 and 128, 64",
     "queries of 1 and 128, 128", "attend of 64 and 32, 64", "keys of 1 and 128, 128", "queries of 64 and 32, 256",
+    "levels top-k 64", "levels top-k 128", "levels top-k 256", "attend top-k 128", "keys top-k 128",
+    "queries top-k 128",
 ]  # fmt: skip
 
 

@@ -62,6 +62,20 @@ def test_entmax_has_the_gradients_of_finite_differences():
         assert torch.autograd.gradcheck(lambda x, a=exact: entmax(x, a), (s,))
 
 
+# ---- explicit sparse attention ----
+
+
+def test_the_best_key_alone(make_inputs):
+    """k = 1 gives its value, and nothing flows back to scores."""
+    form = get("explicit_sparse")(top_k=1)
+    x = make_inputs(form, 6, 20, kv_heads=2, grad=True)
+    best = (x.q @ x.k.repeat_interleave(2, 1).mT).argmax(-1)
+    expected = x.v.repeat_interleave(2, 1).gather(2, best[..., None].expand(-1, -1, -1, x.v.shape[3]))
+    o = attention(*x.tensors, form)
+    torch.testing.assert_close(o, expected, **EXACT)
+    assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(o.sum(), [x.q, x.k]))
+
+
 # ---- monotonic attention ----
 
 

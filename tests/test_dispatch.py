@@ -184,6 +184,12 @@ BAD = {
         ValueError,
         "return_lse is for weights exp.*'entmax' has no lse",
     ),
+    "the lse of the k largest": (
+        (Q, K, V, "explicit_sparse"),
+        {"return_lse": True},
+        ValueError,
+        "return_lse is for weights exp.*'top_k' has no lse",
+    ),
     "a recurrence with more queries than keys": (
         (*qkv(7, 5), "lightning_attention_2"),
         {},
@@ -330,6 +336,29 @@ def test_settings_have_ranges(name, setting):
         assert setting in str(error) and any(other in str(error) for other in others), error
 
 
+SMALL = {  # rows of docs/benchmarks.md at which one of torch's kernels is the faster one, forward or backward
+    ("causal", 1, 16, 512, 128), ("causal", 64, 16, 256, 64), ("causal", 1, 1, 4096, 128), ("full", 1, 8, 1000, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_little_work_is_torchs_on_a_hopper_gpu(monkeypatch, learning):
+    pytest.importorskip("triton.experimental.gluon")
+    from manyheads.engines import triton
+    from manyheads.engines.triton import hopper
+
+    monkeypatch.setattr(triton, "_unable", lambda x: None)
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+
+    def found(name, *shape):
+        return explain(*[torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=learning)] * 3, name)
+
+    for name, *shape in SMALL:
+        small = found(name, *shape)
+        assert small.engine == "sdpa" and "so little work, by docs/benchmarks.md" in small.objections["triton"]
+        assert found(name, 4, 16, 4096, 128).engine == "triton"
+
+
 # ---- calls once more ----
 
 
@@ -337,7 +366,7 @@ def test_settings_have_ranges(name, setting):
 def again(monkeypatch):
     """Calls on a CPU are remembered, too. Gives how often one was checked and chosen for."""
     chosen: list = []
-    monkeypatch.setattr(dispatch, "FAST", ("cpu",))
+    monkeypatch.setattr(dispatch, "_fast", lambda t: True)
     monkeypatch.setattr(dispatch, "_KNOWN", {})
     monkeypatch.setattr(dispatch, "_choose", lambda *a, real=dispatch._choose: (chosen.append(a), real(*a))[1])
     return chosen
@@ -361,7 +390,7 @@ def test_a_call_is_chosen_for_once(again):
         lambda q: attention(q[:, :, :5], q, q),
         lambda q: attention(q.double(), q.double(), q.double()),
         lambda q: attention(q, q.clone(), q),
-        lambda q: attention(q.clone().requires_grad_(), q, q),
+        lambda q: attention(q.requires_grad_(), q, q),
         lambda q: attention(q, q, q, dropout=0.5, seed=1),
         lambda q: attention(q, q, q, q_positions=torch.arange(9), kv_positions=torch.arange(9)),
     ],

@@ -44,6 +44,7 @@ FORMS = {
     "sigmoid": Scores(score=lambda s, b, h, i, j: torch.sigmoid(s - 1.0), normaliser="none"),
     "sinks": Scores(mask=lambda b, h, i, j: j < i, sink="sink", operands={"sink": Operand("heads")}),
     "entmax": manyheads.get("entmax_attention")(),
+    "top-k": manyheads.get("explicit_sparse")(top_k=3),
     "blocks": manyheads.get("moba")(block_size=4, top_k=2),
 }
 

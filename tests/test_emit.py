@@ -15,7 +15,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_expressions import BATCH, HEADS, LENGTH, NASTY, SQUARE, grid, masks, scores
@@ -456,6 +458,7 @@ def gluon_kernels() -> str:
     text = text.replace("import triton\n", "from triton.experimental import gluon\n").replace("@triton", "@gluon")
     text = text.replace("    b = tl", f"    {GLUON}\n    b = tl").replace("tl.float32)", "tl.float32, ml)")
     text = text.replace("arange(0, BM)", "arange(0, BM, tl.SliceLayout(1, ml))")
+    text = text.replace("    at = tl", "    i, j = (i - 3, i * 0 + 3), (j + 5, j * 0 - 5)\n    at = tl", 1)
     return text.replace("arange(0, BN)", "arange(0, BN, tl.SliceLayout(0, ml))")
 
 
@@ -533,6 +536,41 @@ def cached(folder: Path) -> dict[str, bool]:
         "named": module.__file__ == str(path) and callable(module.mask.fn),
         "clean": all(file.suffix == ".py" or file.is_dir() for file in cache.iterdir()),
     }
+
+
+# ---- positions as pairs ----
+
+WINDOWS: dict[str, Any] = {
+    "causal": lambda i, j: j <= i, "strict": lambda i, j: i > j, "later": lambda i, j: i <= j,
+    "same": lambda i, j: i == j, "after": lambda i, j: i < j, "window": lambda i, j: 0 <= i - j < 100,
+    "at": lambda i, j: i - j == 9, "beyond": lambda i, j: i - j > -5, "turned": lambda i, j: j - i < 7,
+    "between": lambda i, j: (i - j <= 100) & (i - j >= 8), "rows": lambda i, j: i - j < i - 40,
+    "wide": lambda i, j: i - j < 2**40, "every": lambda i, j: (i - j) % 3 == 0,
+}  # fmt: skip
+DISTANCES: dict[str, Any] = {
+    "apart": lambda i, j: i - j, "turned": lambda i, j: j - i, "size": lambda i, j: abs(i - j),
+    "size of turned": lambda i, j: abs(j - i), "sum": lambda i, j: i - j + i,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [2**20, 2**23, 2**24, 2**30])
+def test_gluon_takes_positions_as_pairs(length):
+    emulator = pytest.importorskip("gluon_emulator")
+    i = torch.cat([torch.arange(64), torch.arange(length - 64, length)])[:, None]
+    j = torch.cat([torch.arange(128), torch.arange(length - 128, length)])[None]
+    at = [emulator.Array.of(x.numpy().astype("int32")) for x in (i, j)]
+    pairs = [(x - (x & far), x & far) for x, far in zip(at, (8, 249), strict=True)]
+    s = torch.zeros(i.shape[0], j.shape[1])
+    for name, mask in WINDOWS.items():
+        program = trace(lambda b, h, i, j, mask=mask: mask(i, j))
+        source = program.source("gluon", length=length)
+        found = emulator.functions(source.text)["mask"](0, 0, *pairs, source.arguments())
+        assert torch.equal(torch.from_numpy(np.array(found)), program.mask(s, s, i, j)), name
+    for name, distance in DISTANCES.items():
+        program = trace(score=lambda s, b, h, i, j, distance=distance: s + distance(i, j))
+        source = program.source("gluon", length=length)
+        found = emulator.functions(source.text)["score"](emulator.Array.of(s.numpy()), 0, 0, *pairs, source.arguments())
+        assert torch.equal(torch.from_numpy(np.array(found)), distance(i, j).float()), name
 
 
 # ---- the processes ----

@@ -357,11 +357,76 @@ def test_entmax_inside_of_a_selection(make_inputs):
     torch.testing.assert_close(attention(*x.tensors, form), attention(*x.tensors, masked), **EXACT)
 
 
+def test_a_top_k_is_a_number_of_scores():
+    for given in ({"top_k": 3}, {"normaliser": "top_k"}, {"normaliser": "none", "top_k": 2}):
+        with pytest.raises(ValueError, match="top_k takes a number top_k, others none"):
+            Scores(**given)
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"keeps 1 score or more, not {k}"):
+            Scores(normaliser="top_k", top_k=k)
+    with pytest.raises(ValueError, match="'top_k' has none"):
+        Scores(normaliser="top_k", top_k=2, sink="sink", operands=SINK)
+
+
+@pytest.mark.parametrize("k", [1, 5, 100, 139, 140, 1000])
+def test_top_k_with_a_score_and_a_mask(k, make_inputs):
+    """Over several chunks of queries, against a whole matrix in which the k-th is found by sorting. Some rows see fewer
+    than k keys, and one sees none."""
+    form = Scores(
+        mask=lambda b, h, i, j: (j <= i) & (i - j < 140) & (i != 27), score=fade, normaliser="top_k", top_k=k,
+        operands=FADING.operands,
+    )  # fmt: skip
+    x = make_inputs(form, 280, 300, kv_heads=2, grad=True)
+    got = attention(*x.tensors, form, engine="eager", **x.operands)
+    i, j = torch.arange(20, 300)[:, None], torch.arange(300)
+    b, h = torch.arange(2).view(-1, 1, 1, 1), torch.arange(4).view(-1, 1, 1)
+    s = x.q @ x.k.repeat_interleave(2, 1).mT / x.q.shape[-1] ** 0.5
+    s = form.program.score(s, b, h, i[None, None], j, **x.operands)
+    s = s.masked_fill((j > i) | (i - j >= 140) | (i == 27), -torch.inf)
+    rows = torch.arange(280) != 7
+    order = s.argsort(-1, descending=True).argsort(-1)
+    weights = s.masked_fill(order >= k, -torch.inf)[:, :, rows].softmax(-1)
+    expected = weights @ x.v.repeat_interleave(2, 1)
+    assert got[:, :, 7].eq(0).all()
+    torch.testing.assert_close(got[:, :, rows], expected, **EXACT)
+    weight = torch.randn_like(got)
+    leaves = [*x.tensors, *x.operands.values()]
+    pairs = zip(
+        torch.autograd.grad(got, leaves, weight), torch.autograd.grad(expected, leaves, weight[:, :, rows]), strict=True
+    )
+    for a, e in pairs:
+        torch.testing.assert_close(a, e, **EXACT)
+
+
+def test_top_k_keeps_all_that_equal_the_kth():
+    """Scores 3, 2, 2, 2, 1: the twos count all from k = 2 to 4."""
+    k = torch.tensor([2.0, 3.0, 1.0, 2.0, 2.0], dtype=torch.float64).view(1, 1, 5, 1)
+    q, v = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.eye(5, dtype=torch.float64).view(1, 1, 5, 5)
+    for top, kept in ((1, [1]), (2, [0, 1, 3, 4]), (3, [0, 1, 3, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])):
+        form = Scores(normaliser="top_k", top_k=top)
+        weights = attention(q, k, v, form, scale=1.0)[0, 0, 0]
+        assert weights.nonzero().flatten().tolist() == kept
+        torch.testing.assert_close(weights[kept], k[0, 0, kept, 0].softmax(0))
+
+
+def test_top_k_inside_of_a_selection(make_inputs):
+    """The largest of what was chosen."""
+
+    def even(q, k, *, scale, offset):
+        return Blocks.from_map((torch.arange(3) % 2 == 0).expand(q.shape[0], q.shape[1], -(-q.shape[2] // 4), -1))
+
+    form = Selection(select=even, scores=Scores(mask=past, normaliser="top_k", top_k=2), query_block=4, key_block=4)
+    masked = Scores(mask=lambda b, h, i, j: (j <= i) & (j // 4 % 2 == 0), normaliser="top_k", top_k=2)
+    x = make_inputs(form, 12)
+    torch.testing.assert_close(attention(*x.tensors, form), attention(*x.tensors, masked), **EXACT)
+
+
 @pytest.mark.parametrize("engine", ["triton", "sdpa", "flex"])
-def test_only_eager_has_entmax_on_a_cpu(engine, make_inputs):
-    form = Scores(normaliser="entmax", alpha=1.5)
+@pytest.mark.parametrize("given", [{"normaliser": "entmax", "alpha": 1.5}, {"normaliser": "top_k", "top_k": 2}])
+def test_only_eager_finds_levels_on_a_cpu(given, engine, make_inputs):
+    form = Scores(**given)
     x = make_inputs(form, 5, dtype=torch.float32)
-    with pytest.raises(ValueError, match="no 'entmax' normaliser"):
+    with pytest.raises(ValueError, match=f"no '{form.normaliser}' normaliser"):
         explain(*x.tensors, form, engine=engine)
 
 

@@ -52,7 +52,9 @@ FORMS = {
 
 @pytest.fixture
 def emulated(monkeypatch):
-    modules = emulator.load("common", "listed", "dropping", "attend", "rows", "slopes", "keys", "queries", "levels")
+    modules = emulator.load(
+        "common", "listed", "dropping", "attend", "rows", "slopes", "keys", "queries", "brackets", "newton", "levels"
+    )
 
     def run(kernel, programs, own, source, arguments):
         found = {} if source is None else emulator.functions(source.text)
@@ -64,6 +66,7 @@ def emulated(monkeypatch):
         )
 
     monkeypatch.setattr(launching.Kernel, "run", run)
+    monkeypatch.setattr(backward, "run_all", lambda calls: [kernel.run(*rest) for kernel, *rest in calls])
     monkeypatch.setattr(backward.rows, "rows", emulator.Kernel(modules["rows"].rows))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections import namedtuple
 from functools import cache
 from types import SimpleNamespace
@@ -73,6 +74,9 @@ class Recorder:
 
     def get_current_stream(self, _):
         return 7
+
+    def set_current_device(self, _):
+        pass
 
 
 def plain(x):
@@ -190,8 +194,8 @@ def test_hands_over_the_same(recorder, monkeypatch, name):
     ):  # fmt: skip
         hopper.run(FORMS[name], x)
     forward.run(FORMS[name], inputs(512, 512), forward.Tiling(64, 4))  # other boxes alone
-    # Lengths and strides compile nothing; a dtype does, a head_dim, and for "full" a last tile that sticks out.
-    assert len(kernels) == (5 if name == "full" else 4) == len(quick._KNOWN)
+    # Lengths and strides compile nothing; a dtype does, a head_dim, and a last tile that sticks out.
+    assert len(kernels) == 5 == len(quick._KNOWN)
 
 
 def test_descriptors_are_kept(recorder, monkeypatch):
@@ -229,6 +233,40 @@ def test_finds_the_kernel_that_triton_finds(recorder):
     assert len(functions) == len(caches) > 100
     assert same(recorder, small, 3, (whole, 2, 3, 0.5, None, True, 8), num_warps=2)[4] not in functions
     assert same(recorder, small, 3, (whole, 2, 3, 0.5, None, False, 8), num_warps=1)[4] not in functions
+
+
+def test_kernels_are_compiled_side_by_side(recorder, monkeypatch):
+    @triton.jit
+    def another(target, SIZE: tl.constexpr):
+        tl.store(target + tl.arange(0, SIZE), tl.arange(0, SIZE).to(tl.float32))
+
+    seen, both = [], threading.Barrier(2)
+
+    def watched(entry):
+        real = entry.run
+
+        def run(*arguments, **options):
+            if options["warmup"] and all(entry is not other for other, _ in seen):
+                seen.append((entry, threading.get_ident()))
+                both.wait(60)  # for the other one
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(entry, "run", run)
+
+    watched(small)
+    watched(another)
+    given = torch.zeros(64), 2, 3, 0.5, None, True, 8
+    calls = [(small, given), (another, (torch.zeros(64), 64)), (small, (*given[:-1], 16))]
+    quick.compile_together(calls, num_warps=1)
+    assert len({threading.get_ident(), *(thread for _, thread in seen)}) == 3 and not recorder.launches
+    compiled = {entry: len(entry.device_caches[0][0]) for entry in (small, another)}
+    for entry, arguments in calls:
+        quick.launch(entry, 1, arguments, num_warps=1)
+    assert compiled == {entry: len(entry.device_caches[0][0]) for entry in (small, another)} == {small: 2, another: 1}
+    seen.clear()
+    quick.compile_together(calls, num_warps=1)
+    quick.compile_together([(small, given)], num_warps=2)
+    assert not seen, "they are known, or alone"
 
 
 def test_settings_of_triton_are_looked_at(recorder, monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -11,7 +15,7 @@ from test_quick import FORMS, inputs, recorder  # noqa: F401  a fixture
 from triton import knobs
 
 from manyheads.core.forms import Operand, Scores
-from manyheads.engines.triton import hopper, replay
+from manyheads.engines.triton import hopper, launch, replay
 from manyheads.engines.triton.hopper import backward, forward, tables
 
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
@@ -29,7 +33,7 @@ def computed(recorder, monkeypatch) -> list:  # noqa: F811
 
 
 def launches(recorder, call) -> list:  # noqa: F811
-    """What each launch was handed, with places in memory by the order in which they come first."""
+    """What each launch was handed, tensors and their addresses by the order in which they come first."""
     recorder.launches.clear()
     recorder.encoded.clear()
     keep = call()
@@ -38,7 +42,7 @@ def launches(recorder, call) -> list:  # noqa: F811
     def renamed(x):
         if isinstance(x, tuple):
             if len(x) == 3 and x[0] == "tensor":
-                return "tensor", numbers.setdefault(x[1], len(numbers)), x[2]
+                return renamed(x[1])
             return tuple(map(renamed, x))
         return numbers.setdefault(x, len(numbers)) if isinstance(x, int) and x > 2**32 else x
 
@@ -52,20 +56,36 @@ def forward_and_backward(form, x):
     return o, lse, *hopper.gradients(form, x, o, lse, torch.ones_like(o), None)
 
 
-@pytest.mark.parametrize("name", FORMS)
+READING = {
+    **FORMS,
+    "gate": Scores(
+        mask=FORMS["causal"].mask, score=lambda s, b, h, i, j, gate, bias: s * gate[b, h, j] + bias[h] - SLOPES[h],
+        operands={"gate": Operand("batch heads len"), "bias": Operand("heads")},
+    ),
+    "sink": Scores(sink="sink", operands={"sink": Operand("heads")}),
+}  # fmt: skip
+
+
+def given_to(form, q_len, kv_len):
+    x = inputs(q_len, kv_len)
+    return x.with_(operands={name: torch.rand(operand.shape(x.sizes)) for name, operand in form.operands.items()})
+
+
+@pytest.mark.parametrize("name", READING)
 def test_repeats_what_was_computed(recorder, computed, name):  # noqa: F811
+    form = READING[name]
     for shape in ((130, 300), (512, 512), (1, 700)):
         computed.clear()
-        first, second = inputs(*shape), inputs(*shape)
+        first, second = given_to(form, *shape), given_to(form, *shape)
         for _ in range(2):  # compiled, then watched
-            forward_and_backward(FORMS[name], first)
+            forward_and_backward(form, first)
         count = len(computed)
-        usual = launches(recorder, lambda x=first: forward_and_backward(FORMS[name], x))
+        usual = launches(recorder, lambda x=first: forward_and_backward(form, x))
         assert len(computed) == count, "repeated"
-        again = launches(recorder, lambda x=second: forward_and_backward(FORMS[name], x))
+        again = launches(recorder, lambda x=second: forward_and_backward(form, x))
         assert len(computed) == count and again == usual
         replay._KNOWN.clear()
-        assert launches(recorder, lambda x=second: forward_and_backward(FORMS[name], x)) == usual
+        assert launches(recorder, lambda x=second: forward_and_backward(form, x)) == usual
         assert len(computed) == count + 2
 
 
@@ -81,6 +101,68 @@ def test_results_are_those_of_the_ordinary_way(recorder, computed):  # noqa: F81
             usual = usual or seen
             assert seen == usual
     assert len({t.data_ptr() for t in hopper.run(FORMS["full"], x)} | {x.q.data_ptr()}) == 3
+
+
+def differentiated(attend, x):
+    tensors = x.q, x.k, x.v, *x.operands.values()
+    o, lse = attend(x, tensors)
+    return o, lse, *torch.autograd.grad(o, [t for t in tensors if t.requires_grad], torch.ones_like(o))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["", "learned"])
+@pytest.mark.parametrize("name", READING)
+def test_calls_that_want_gradients(recorder, computed, monkeypatch, name, learned):  # noqa: F811
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+    form, (first, second) = READING[name], (given_to(READING[name], 256, 256) for _ in range(2))
+    for x in (first, second):
+        for t in (x.q, x.v, *(x.operands.values() if learned else ())):
+            t.requires_grad_()
+
+    def usual(x, _):
+        return launch.attend(form, x)
+
+    assert launch.again(form, first) is None
+    for _ in range(2):
+        differentiated(usual, first)
+    count, run_again = len(computed), launch.again(form, first)
+    expected = launches(recorder, lambda: differentiated(usual, first))
+    found = launches(recorder, lambda: differentiated(lambda _, tensors: run_again(tensors), second))
+    assert len(computed) == count and len(found) == len(expected)
+    if learned:  # places in memory that torch gave back are taken once more, or not
+        found, expected = ([launch[:5] for launch in every] for every in (found, expected))
+    assert found == expected
+    with torch.no_grad():
+        unlike = launch.again(form, first)
+        assert not unlike((second.q, second.k, second.v, *second.operands.values()))[0].requires_grad
+
+
+def test_nothing_that_was_given_is_kept(computed, monkeypatch):
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+    form, x = READING["gate"], given_to(READING["gate"], 256, 256)
+    x.q.requires_grad_()
+    for _ in range(3):
+        differentiated(lambda x, _: launch.attend(form, x), x)
+    run_again = launch.again(form, x)
+    made = run_again((x.q, x.k, x.v, *x.operands.values()))
+    seen = [weakref.ref(t) for t in (x.q, x.k, x.v, *x.operands.values(), *made)]
+    del x, made
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 7
+
+
+def test_captured_tensors_may_begin_to_learn(computed, monkeypatch):
+    monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
+    slopes = SLOPES.clone()
+    form, x = Scores(score=lambda s, b, h, i, j: s - slopes[h] * (i - j)), inputs(256, 256)
+    settled(form, x)
+    run_again = launch.again(form, x)
+    assert run_again((x.q, x.k, x.v)) is not None
+    slopes.requires_grad_()
+    assert run_again((x.q, x.k, x.v)) is None
+    with torch.no_grad():
+        assert run_again((x.q, x.k, x.v)) is not None
+        slopes.mul_(2)
+        assert run_again((x.q, x.k, x.v)) is None
 
 
 def settled(form, x) -> None:
@@ -134,14 +216,43 @@ def test_captured_numbers_may_change(computed):
     assert len(computed) == count + 1
 
 
-def test_what_is_not_known_by_name_is_computed(computed):
-    form = Scores(score=lambda s, b, h, i, j, gate: s * gate[b, h, j], operands={"gate": Operand("batch heads len")})
-    x = inputs(256, 256).with_(operands={"gate": torch.rand(1, 4, 256)})
-    count = len(computed)
+def test_operands_lie_somewhere_else_each_time(recorder, computed):  # noqa: F811
+    form, x = READING["gate"], given_to(READING["gate"], 256, 256)
     settled(form, x)
-    ragged = inputs(256, 256).with_(q_positions=torch.arange(256)[None], kv_positions=torch.arange(256)[None])
-    settled(FORMS["causal"], ragged)
-    assert len(computed) == count + 6
+    count = len(computed)
+    other = {**x.operands, "bias": torch.rand(4)}
+    settled(form, x.with_(operands=other))
+    assert len(computed) == count, "repeated"
+    recorder.launches.clear()
+    hopper.run(form, x.with_(operands=other))
+    read = {a for launch in recorder.launches for part in launch if isinstance(part, tuple) for a in part}
+    assert {t.data_ptr() for t in other.values()} <= read and x.operands["bias"].data_ptr() not in read
+    strided = {**other, "bias": torch.rand(8)[::2]}
+    hopper.run(form, x.with_(operands=strided))
+    hopper.run(form, x.with_(operands={**other, "bias": torch.rand(5)[1:]}))
+    hopper.run(form, x.with_(operands={**other, "bias": torch.rand(4).double()}))
+    assert len(computed) == count + 3
+
+
+def test_what_is_not_known_by_name_is_computed(computed):
+    counts, x = [len(computed)], inputs(256, 256)
+    masked = Scores(mask=lambda b, h, i, j, of: of[b, i] == of[b, j], operands={"of": Operand("batch len")})
+    moved = given_to(READING["gate"], 256, 256).with_(q_positions=range(5, 261), kv_positions=range(5, 261))
+    sink = x.with_(operands={"sink": torch.rand(4).half()})
+    both = torch.rand(4)
+    twice = Scores(
+        score=lambda s, b, h, i, j, bias: s + bias[h] * both[h], operands={"bias": Operand("heads")}
+    )  # fmt: skip
+    for form, given in (
+        (FORMS["causal"], x.with_(q_positions=torch.arange(256)[None], kv_positions=torch.arange(256)[None])),
+        (masked, x.with_(operands={"of": torch.zeros(1, 256)})),
+        (READING["gate"], moved),
+        (READING["sink"], sink),
+        (twice, x.with_(operands={"bias": both})),
+    ):  # fmt: skip
+        settled(form, given)
+        counts.append(len(computed))
+    assert [b - a for a, b in pairwise(counts)] == [3] * 5
     assert not replay._KNOWN
 
 

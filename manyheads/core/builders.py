@@ -55,6 +55,21 @@ fewest_past = operator(
     f"(Tensor q, Tensor k, float scale, float share, SymInt least, {RULE}) -> (Tensor, Tensor)",
     lambda q, k, scale, share, least, *rule: _lists(q, *q.shape[:3], k.shape[2]),
 )
+best_windows = operator(
+    picking.best_windows,
+    "(Tensor q, Tensor k, float scale, SymInt count, SymInt dense, SymInt together, SymInt kernel, SymInt stride, "
+    f"{RULE}) -> (Tensor, Tensor)",
+    lambda q, k, scale, count, dense, together, kernel, stride, *rule: _lists(
+        q, q.shape[0], q.shape[1] // together, q.shape[2], picking.windows_width(q.shape[2], count, dense, *rule)
+    ),
+)
+stripes = operator(
+    picking.stripes,
+    "(Tensor q, Tensor k, float scale, SymInt size) -> Tensor",
+    lambda q, k, scale, size: q.new_empty(
+        2, *q.shape[:2], (k.shape[2] + size - 1) // size, dtype=torch.promote_types(q.dtype, torch.float32)
+    ),
+)
 
 
 def _means(x: Tensor, size: int, start: int) -> Tensor:

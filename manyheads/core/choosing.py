@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.core import builders
@@ -24,11 +23,6 @@ def block_means(x: Tensor, size: int, start: int = 0) -> Tensor:
     The first token stands at place `start` of its block; the first and the last block may hold fewer than `size`.
     """
     return builders.block_means(x, size, start)
-
-
-def block_sums(x: Tensor, size: int) -> Tensor:
-    """Sums over blocks of the last dimension."""
-    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
 
 
 def by_runs(choose: Callable[[Tensor, int], Tensor], q: Tensor, offset: int, size: int = 128) -> Tensor:
@@ -90,3 +84,41 @@ def fewest_past(q: Tensor, k: Tensor, share: float, past: Past, *, scale: float,
     """The fewest key blocks that hold `share` of softmax(scale q.k), at least so many; and what is taken in any
     case."""
     return Blocks(*builders.fewest_past(q, k, scale, share, least, *astuple(past)))
+
+
+# ---- of queries that show which blocks matter ----
+
+
+def stripes(q: Tensor, k: Tensor, size: int, *, scale: float) -> Tensor:
+    """Vertical and slash: the mass of the causal softmax(scale q.k), averaged over the queries, in each block of `size`
+    keys, and at each distance of that many blocks, [2, batch, heads, key blocks], float32 or wider.
+
+    q: [batch, heads, queries, dim], the last ones of k [batch, kv_heads, len, dim].
+    """
+    return builders.stripes(q, k, scale, size)
+
+
+# ---- of windows of keys ----
+
+
+def window_means(k: Tensor, kernel: int, stride: int) -> Tensor:
+    """Means of the keys n stride to n stride + kernel - 1, float32 or wider, [..., windows, dim] of k [..., len, dim];
+    of whole windows alone. stride divides kernel."""
+    means, together = block_means(k, stride)[..., : k.shape[-2] // stride, :], kernel // stride
+    if means.shape[-2] < together:
+        return means[..., :0, :]
+    return means.unfold(-2, together, 1).mean(-1)
+
+
+def best_windows(
+    q: Tensor, k: Tensor, count: int, past: Past, *, kernel: int, stride: int, scale: float, together: int = 1,
+    dense: int = 0,
+) -> Blocks:  # fmt: skip
+    """The `count` key blocks with the windows of the greatest weight, what is taken in any case first among them: by
+    the softmax(scale q.k) of each query over the windows that end by its position, summed over `together` heads, which
+    have one list. A block has the windows that reach into it. Queries before position `dense` take all past blocks.
+
+    q: [batch, heads, q_len, dim], k: window_means, [batch, kv_heads, windows, dim]; past.query_block is 1.
+    """
+    numbers = count, dense, together, kernel, stride
+    return Blocks(*builders.best_windows(q, k, scale, *numbers, *astuple(past)))

@@ -133,18 +133,20 @@ class Scores(Form):
 
     mask(b, h, i, j) -> bool and score(s, b, h, i, j) -> s are plain functions of batch, head and absolute query and
     key position; operands follow j by name.
-    normaliser: "softmax"; "signed" (sign(s) softmax(|s|)); "entmax" (core/entmax.py), whose rows need all their keys
-        and have no lse; or "none": score gives the weights themselves, as for sigmoid attention, and parts of the keys
-        merge by addition.
+    normaliser: "softmax"; "signed" (sign(s) softmax(|s|)); "entmax" (core/entmax.py) or "top_k", a softmax over the
+        largest scores of a row, whose rows need all their keys and have no lse; or "none": score gives the weights
+        themselves, as for sigmoid attention, and parts of the keys merge by addition.
     alpha: with "entmax", a number >= 1 (2: sparsemax), or an operand "heads" with values from 1 to 2.
+    top_k: with "top_k", how many scores of each row are kept, beside those that equal the last of them.
     sink: with "softmax", an operand "heads" that is one more score in each row, of a key whose value is zero. It counts
         once: where keys are split, one part has it and the others have -inf in its place.
     """
 
     mask: Callable | None = None
     score: Callable | None = None
-    normaliser: Literal["softmax", "signed", "entmax", "none"] = "softmax"
+    normaliser: Literal["softmax", "signed", "entmax", "top_k", "none"] = "softmax"
     alpha: float | str | None = None
+    top_k: int | None = None
     sink: str | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +154,10 @@ class Scores(Form):
         self.program  # noqa: B018  torch.compile follows what is there, but cannot make it
         if (self.alpha is None) == (self.normaliser == "entmax"):
             raise ValueError(f"entmax takes an alpha, others none; not {self.normaliser!r} and {self.alpha!r}")
+        if (self.top_k is None) == (self.normaliser == "top_k"):
+            raise ValueError(f"top_k takes a number top_k, others none; not {self.normaliser!r} and {self.top_k!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k keeps 1 score or more, not {self.top_k!r}")
         if isinstance(self.alpha, str):
             self._check_declared("alpha", self.alpha)
         elif self.alpha is not None and not 1 <= self.alpha < math.inf:

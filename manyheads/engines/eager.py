@@ -120,6 +120,8 @@ def _weights(
     if alpha is not None:
         at_heads = alpha.to(s.dtype)[:, None, None] if isinstance(alpha, Tensor) else alpha
         return entmax(s, at_heads), s.new_zeros(s.shape[:-1])
+    if form.top_k is not None:
+        s = s.masked_fill(s < kth_largest(s.detach(), form.top_k), -torch.inf)
     top = s.detach().amax(-1, keepdim=True)
     if sink is not None:
         sink = sink.to(s.dtype)[:, None, None]
@@ -133,7 +135,13 @@ def _weights(
     divisor = torch.where(seen, total, 1.0)
     if sign is not None:
         p = p * sign
-    return p / divisor, torch.where(seen, top + divisor.log(), -torch.inf).squeeze(-1)
+    lse = torch.where(seen, top + divisor.log(), -torch.inf).squeeze(-1)
+    return p / divisor, lse if form.has_lse else torch.zeros_like(lse)
+
+
+def kth_largest(s: Tensor, k: int) -> Tensor:
+    """Of each row of scores [..., n], with 1 in place of n: -inf if it has less than k."""
+    return s.topk(min(k, s.shape[-1])).values[..., -1:]
 
 
 # ---- recurrences ----

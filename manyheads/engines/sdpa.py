@@ -7,7 +7,7 @@ gathered for a block of queries at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,14 +72,14 @@ def _in_chunks(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
 COMPILED = eagerly("sdpa", _in_chunks, has_lse=False)
 
 
-def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, None]] | None:
+def again(form: Form, x: Inputs) -> Callable[[Sequence[Tensor]], tuple[Tensor, None]] | None:
     """What `run` does, for other q, k and v like those of x; None if it is more than one call."""
     if not isinstance(form, Scores) or not plain(form, x):
         return None
     is_causal, scale, shared = form.program.has_mask, x.scale, x.heads != x.kv_heads
 
-    def run_again(qkv: tuple[Tensor, ...]) -> tuple[Tensor, None]:
-        q, k, v = qkv
+    def run_again(tensors: Sequence[Tensor]) -> tuple[Tensor, None]:
+        q, k, v, *_ = tensors
         return scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal, enable_gqa=shared), None
 
     return run_again

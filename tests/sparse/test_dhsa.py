@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from manyheads import get
@@ -14,7 +15,7 @@ def kept(q, k, **settings):
     """The map [heads, query blocks, keys], for queries at the end of k."""
     form = get("dhsa")(**{**SIZES, **settings})
     chosen = form.select(q, k, scale=1.0, offset=k.shape[2] - q.shape[2])
-    return chosen.to_map(k.shape[2])[0]
+    return chosen.to_map(-(-k.shape[2] // form.key_block))[0]
 
 
 def pieces(*lengths):
@@ -60,3 +61,28 @@ def test_counts_its_budget_and_shares_it_between_heads():
     assert whole[0].tolist() == [50, 50, 50, 192, 200]
     for n in (1, 9):
         assert kept(q[:, :, -n:], k, keys=50, instruction=9).sum(-1).eq(50).all()
+
+
+def test_a_grain_moves_boundaries_to_its_multiples():
+    torch.manual_seed(0)
+    numbers = torch.arange(5).repeat_interleave(torch.tensor([3, 7, 5, 3, 6]))  # 11, 41, 58, 71 to 12, 40, 60, 72
+    assert _chunk_numbers(pieces(11, 30, 17, 13, 25), 24, 4)[0].tolist() == numbers.tolist()
+
+
+def test_counts_its_budget_in_grains():
+    q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 200, 8)
+    keep = kept(q, k, keys=50, grain=4).sum(-1)
+    assert keep.eq(52 // 4).all()
+    assert kept(q, k, keys=1, grain=4).sum(-1).eq((8 + 4) // 4).all()
+    whole = kept(q, k, keys=50, instruction=9, grain=4).sum(-1)
+    assert whole[0].tolist() == [13, 13, 13, 48, 50]
+    with pytest.raises(ValueError, match="grain 3 must divide query_block 8"):
+        kept(q, k, grain=3)
+
+
+def test_lists_are_as_short_as_the_budget():
+    """A long prompt's memory is linear in it."""
+    q, k = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 4096, 8)
+    form = get("dhsa")(**{**SIZES, "keys": 64, "grain": 4})
+    blocks = form.select(q, k, scale=1.0, offset=4032)
+    assert blocks.indices.shape == (1, 2, 8, 16) and blocks.indices.stride(1) == 0, "heads share one list"

@@ -72,7 +72,7 @@ class Program:
         self.gradients = graph.gradients
         self.tables = Tables(tensors)
         self._derivative: Program | None = None
-        self._sources: dict[Any, Source] = {}
+        self._sources: dict[Any, Any] = {}  # None where what the tensors hold makes a difference
         self.constants = _constants(graph, numbers)
 
     def __repr__(self) -> str:
@@ -93,11 +93,15 @@ class Program:
         return tuple(name for name in self.graph.operands if name in read)
 
     @cached_property
-    def mask_reads_operands(self) -> bool:
-        """Whether the mask, and with it the tile map, is another for other operands."""
+    def mask_reads(self) -> frozenset[int | str]:
+        """What the mask reads, and what the tile map depends on: places of captured tensors, names of operands."""
         steps = () if self.graph.mask is None else self.graph.schedules[self.graph.mask]
         nodes = [self.graph.nodes[step] for step, _ in steps]
-        return any(node.op == "load" and isinstance(node.payload, str) for node in nodes)
+        return frozenset(node.payload for node in nodes if node.op == "load")
+
+    @cached_property
+    def mask_reads_operands(self) -> bool:
+        return any(isinstance(source, str) for source in self.mask_reads)
 
     def mask(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, **operands: Tensor) -> Tensor:
         """Which pairs are allowed: bool, in the common shape of the arguments in mask_depends."""
@@ -170,10 +174,16 @@ class Program:
             program has it. length: positions are below it, so that integers may be 32 bits wide; each length may have
             its own text.
         """
-        key = language, tuple(outputs), length, self.tables.small()
-        if key not in self._sources:
-            self._sources[key] = make_source(self, language, outputs, length)
-        return self._sources[key]
+        asked = language, tuple(outputs), length
+        if asked not in self._sources:
+            least, most = (make_source(self, *asked, small) for small in self.tables.guesses())
+            self._sources[asked] = least if least.text == most.text else None
+        if (source := self._sources[asked]) is not None:
+            return source
+        looked = *asked, self.tables.small()
+        if looked not in self._sources:
+            self._sources[looked] = make_source(self, *looked)
+        return self._sources[looked]
 
     def rebind(self, numbers: tuple[Number, ...], tensors: tuple[Tensor, ...]) -> Program:
         """The same program with other numbers and tensors: those of a program with the same key.

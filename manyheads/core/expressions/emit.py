@@ -7,9 +7,10 @@
     place_<n>(s, b, h, i, j, A) where it is read: an offset into a contiguous tensor of that shape
 
 b and h are scalars, i is int32 [BM, 1] or [BM, BN], j is [1, BN] or [BM, BN], s is float32 [BM, BN], all of them
-tensors of the kernel language; results broadcast to the tile, derivatives may be plain numbers. A is a tuple of the
-arguments that Source.signature lists. What a lane outside of the scores computes means nothing, but it reads no memory
-that is not a tensor's: indices are clamped everywhere.
+tensors of the kernel language; results broadcast to the tile, derivatives may be plain numbers. In Gluon i and j are
+pairs of tensors, (near, far), whose sum they are: a thread has few near parts, and the compiler knows the far ones,
+which are below 512. A is a tuple of the arguments that Source.signature lists. What a lane outside of the scores
+computes means nothing, but it reads no memory that is not a tensor's: indices are clamped everywhere.
 
 Integers are 32 bits wide unless their bounds say otherwise. The text depends on no number, but for the magnitude of
 integers beyond the longest position, and on nothing that tensors hold, but for integers beyond SMALL.
@@ -30,6 +31,7 @@ from manyheads.core.expressions.ops import OPS, interval_of
 if TYPE_CHECKING:
     from manyheads.core.expressions import Program
 
+EXACT = 2**23  # floats are exact up to twice that
 SMALL = 2**24  # integers in tensors that count as small
 INDICES = 2**16  # of batch and head
 NARROW = 2**31  # what does not fit 32 bits
@@ -96,16 +98,29 @@ def lg2(x):
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
 """,
+    "reciprocal": """
+@jit
+def reciprocal(x):
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+""",
 }
 USES = {"floordiv_real": ("floormod",)}
 # Masks compare what positions give, and must not round it otherwise than tensors do; scores may.
 EXACT_TEXT = {"div": "tl.div_rn({0}, {1})", "sqrt": "tl.sqrt_rn({0})"}
-GLUON_TEXT = {"log": "lg2({0}) * 0.6931471805599453", "log2": "lg2({0})"}
+# What is not worth what Triton pays for it: subnormal numbers, and the last bit of a quotient.
+GLUON_TEXT = {
+    "log": "lg2({0}) * 0.6931471805599453", "log2": "lg2({0})", "exp": "tl.exp2({0} * 1.4426950408889634)",
+    "tanh": "1.0 - 2.0 * reciprocal(tl.exp2({0} * 2.8853900817779268) + 1.0)",
+    "sigmoid": "reciprocal(1.0 + tl.exp2({0} * -1.4426950408889634))",
+}  # fmt: skip
 
 
 class Argument(NamedTuple):
-    """One run-time argument. kind: "pointer"; "size" or "stride" of dimension `dim`; "i32", "i64" or "fp32", a number;
-    "inverse", one over a number. of: a captured tensor's place, an operand's name, or a number's node."""
+    """One run-time argument. kind: "pointer"; "least" or "greatest", a pointer to that number of a tensor; "size" or
+    "stride" of dimension `dim`; "i32", "i64" or "fp32", a number; "inverse", one over a number. of: a captured tensor's
+    place, an operand's name, or a number's node."""
 
     name: str
     kind: str
@@ -113,16 +128,20 @@ class Argument(NamedTuple):
     dim: int = 0
 
 
-ORDER = ["pointer", "size", "stride", "i32", "i64", "fp32", "inverse"]
+ORDER = ["pointer", "least", "greatest", "size", "stride", "i32", "i64", "fp32", "inverse"]
 
 
 class Writer:
     """Text of functions over one graph. `small`: the captured tensors of integers below SMALL."""
 
+    helpers, uses = HELPERS, USES
+
     def __init__(self, program: Program, language: str, length: int, small: frozenset[int]):
         if language not in LANGUAGES:
             raise ValueError(f"no kernel language is called {language!r}; there are {', '.join(LANGUAGES)}")
         self.language, self.length, self.small = language, length, small
+        self.pairs = language == "gluon"
+        self.narrow = small | program.tables.narrow  # captured tensors that are read in 32 bits
         self.nodes, self.constants = program.graph.nodes, program.constants
         self._is_number = frozenset(k for k in program.constants if self.nodes[k].op != "const")
         self._arguments: dict[tuple[str, int | str, int], Argument] = {}
@@ -157,6 +176,8 @@ class Writer:
         if node.kind == "b" and (node.op == "load" or index in self._is_number):
             return False, True
         if node.op == "load":
+            if node.payload in self.narrow - self.small:
+                return -NARROW, NARROW - 1
             far = SMALL if node.payload in self.small else FAR
             return -far, far
         if index in self._is_number:
@@ -181,7 +202,7 @@ class Writer:
         return self._arguments[identity].name
 
     def _name(self, kind: str, of: int | str, dim: int) -> str:
-        if kind not in ("pointer", "size", "stride"):
+        if kind in ("i32", "i64", "fp32", "inverse"):
             return f"number{sum(a.name.startswith('number') for a in self._arguments.values())}"
         if of not in self._tables:
             alike = sum(isinstance(other, int) for other in self._tables)
@@ -197,7 +218,8 @@ class Writer:
         if tile and not (depends >= {"i", "j"} or depends & {"s", "d"}):
             value = f"tl.where(s == s, {value}, {value})"
         if self.nodes[root].kind == "b" and not depends & {"i", "j", "d"}:
-            value = {"True": "j == j", "False": "j != j"}.get(value, f"{value} & (j == j)")
+            j = self._position("j")
+            value = {"True": f"{j} == {j}", "False": f"{j} != {j}"}.get(value, f"{value} & ({j} == {j})")
         self._end(name, parameters, value)
 
     def place(self, name: str, source: int | str, index: tuple[int, ...]) -> None:
@@ -229,17 +251,61 @@ class Writer:
         if node.op == "const":
             return literal(node.payload)
         if node.op == "input" and node.payload != "d":
-            return node.payload
+            return self._position(node.payload) if node.payload in ("i", "j") else node.payload
         if index in self._is_number:
             if node.kind == "f":
                 return self.argument("fp32", index)
             name = self.argument("i64" if self.is_wide(index) else "i32", index)
             return f"({name} != 0)" if node.kind == "b" else name
         if node.op == "input":
-            return self._let("i - j")
+            return self._let(" - ".join(self._difference()))
         return self._let(self._read(node) if node.op == "load" else self._operation(index, node))
 
+    def _position(self, letter: str) -> str:
+        return self._let(f"{letter}[0] + {letter}[1]") if self.pairs else letter
+
+    def _difference(self) -> tuple[str, str]:
+        """Two values whose difference is i - j; of pairs, the near parts' and the far parts'."""
+        return (self._let("i[0] - j[0]"), self._let("j[1] - i[1]")) if self.pairs else ("i", "j")
+
+    def _comparison(self, node: Node) -> str | None:
+        """Of i and j, or of i - j and what no position is in: the far parts on a side of their own."""
+        if not self.pairs or node.op not in ("lt", "le", "eq"):
+            return None
+        sides = [self.nodes[a].payload if self.nodes[a].op == "input" else None for a in node.args]
+        if sides in (["i", "j"], ["j", "i"]):
+            return OPS[node.op].text.format(*self._difference()[:: 1 if sides[0] == "i" else -1])
+        if "d" not in sides:
+            return None
+        other = node.args[1 - sides.index("d")]
+        if self.nodes[other].depends & {"i", "j", "d"} or self._largest(other) + self.length > NARROW // 4:
+            return None
+        near, far = self._difference()
+        moved = self._let(f"{near} - {self._values[other]}")
+        return OPS[node.op].text.format(*((moved, far) if sides[0] == "d" else (far, moved)))
+
+    def _largest(self, index: int) -> int:
+        low, high = self.bounds(index)
+        return max(-int(low), int(high))
+
+    def _float(self, index: int) -> str:
+        """An integer as a float. Of i - j the difference of floats, if none of the three is rounded: of the near parts
+        there are few, and the far ones are known before."""
+        node = self.nodes[index]
+        if self.pairs and self._largest(index) <= EXACT:
+            inner = self.nodes[node.args[0]] if node.op == "neg" else node
+            if inner.op == "input" and inner.payload == "d":
+                parts = [f"{part}.to(tl.float32)" for part in self._difference()]
+                return " - ".join(parts if inner is node else reversed(parts))
+            if node.op == "abs":
+                return OPS["abs"].text.format(self._let(self._float(node.args[0])))
+        return f"{self._values[index]}.to(tl.float32)"
+
     def _operation(self, index: int, node: Node) -> str:
+        if node.op == "to_float" and self.nodes[node.args[0]].kind == "i":
+            return self._float(node.args[0])
+        if comparison := self._comparison(node):
+            return comparison
         text, args = self._spelling(index, node), node.args
         values = [self._values[a] for a in args]
         wide, any_wide = self.is_wide(index), any(self.is_wide(a) for a in args)
@@ -296,7 +362,7 @@ class Writer:
         text = f"tl.load({' + '.join([pointer, *offsets])})"
         if node.kind == "b":
             return f"{text} != 0"
-        kind = "float32" if node.kind == "f" else "int32" if node.payload in self.small else "int64"
+        kind = "float32" if node.kind == "f" else "int32" if node.payload in self.narrow else "int64"
         return f"{text}.to(tl.{kind})"
 
     def _place(self, index: int, size: str, wide: bool) -> str:
@@ -315,11 +381,11 @@ class Writer:
         for head, used, body in self._functions:
             unpacked = [f"{name.name} = A[{k}]" for k, name in enumerate(signature) if name in used]
             functions.append("\n    ".join([f"\n@jit\n{head}", *unpacked, *body]) + "\n")
-        called = set(re.findall(r"(?<![.\w])\w+", "".join(functions))) & HELPERS.keys()
-        called |= {needed for name in called for needed in USES.get(name, ())}
+        called = set(re.findall(r"(?<![.\w])\w+", "".join(functions))) & self.helpers.keys()
+        called |= {needed for name in called for needed in self.uses.get(name, ())}
         listed = ", ".join(f"{argument.name}: {argument.kind}" for argument in signature)
         head = f"# A = ({listed})\n{LANGUAGES[self.language]}"
-        return "\n".join([head, *(text for name, text in HELPERS.items() if name in called), *functions])
+        return "\n".join([head, *(text for name, text in self.helpers.items() if name in called), *functions])
 
 
 def literal(value: bool | int | float) -> str:

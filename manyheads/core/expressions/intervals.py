@@ -183,8 +183,9 @@ def xor(a: Bounds, b: Bounds) -> Bounds:
 
 def _all_bits(a: Bounds, b: Bounds) -> Bounds:
     """For two that are not negative: at most all the bits below the highest one set."""
-    top = torch.maximum(a[1], b[1]).clamp(min=1).double().log2().floor().long() + 1
-    high = (torch.ones_like(top) << top) - 1
+    high = torch.maximum(a[1], b[1])
+    for step in (1, 2, 4, 8, 16, 32):
+        high = high | (high >> step)
     return _if((a[0] >= 0) & (b[0] >= 0), (torch.zeros_like(high), high))
 
 

@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from manyheads.core.expressions.bounding import Bounder
 from manyheads.core.expressions.emit import NARROW, SMALL, Argument, Writer
 from manyheads.core.expressions.graph import kind_of
 
 if TYPE_CHECKING:
     from manyheads.core.expressions import Program
 
-OUTPUTS = ("mask", "score", "dscore", "gradients")
+OUTPUTS = ("mask", "score", "dscore", "gradients", "bounds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,10 @@ class Source:
         }
         for name, table in tables.items():
             _check_readable(name, table)
-        return tuple(self._argument(argument, tables) for argument in self.signature)
+        ends = {name: tables[name].aminmax() for name in {a.of for a in self.signature if a.kind == "least"}}
+        return tuple(
+            getattr(ends[a.of], _ENDS[a.kind]) if a.kind in _ENDS else self._argument(a, tables) for a in self.signature
+        )
 
     def _argument(self, argument: Argument, tables: dict[int | str, Tensor]) -> Tensor | int | float:
         _, kind, of, dim = argument
@@ -129,11 +133,15 @@ def entry({", ".join([*parameters, *flat])}):
         return f"({''.join(f'{name}, ' for name in self.names if name.startswith(prefix))})"
 
 
+_ENDS = {"least": "min", "greatest": "max"}
 # Of the numbers whose values lead to no compilation of their own. Strides are specialised where they are 1.
 _ANNOTATIONS = {"size": "i32", "i32": "i32", "i64": "i64", "fp32": "fp32", "inverse": "fp32"}
 
 
-def make_source(program: Program, language: str, outputs: Sequence[str], length: int) -> Source:
+def make_source(
+    program: Program, language: str, outputs: tuple[str, ...], length: int, small: frozenset[int]
+) -> Source:  # fmt: skip
+    """small: the captured tensors of small integers, as in Tables."""
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise ValueError(f"no output is called {', '.join(sorted(unknown))}; there are {', '.join(OUTPUTS)}")
@@ -142,8 +150,22 @@ def make_source(program: Program, language: str, outputs: Sequence[str], length:
         program = program.rebind(numbers, program.tensors)
     if {"dscore", "gradients"} & set(outputs):
         program = program.derivative()
-    writer = Writer(program, language, length, program.tables.small())
+    numbers = tuple(int(n).bit_length() for k, n in program.constants.items() if program.graph.nodes[k].kind == "i")
+    key = program.key, numbers, program.tables.narrow, language, outputs, length, small
+    if key not in _WRITTEN:
+        _WRITTEN[key] = _written(program, language, outputs, length, small)
+    return Source(program, *_WRITTEN[key])
+
+
+Written = tuple[str, tuple[str, ...], tuple[Argument, ...]]  # text, names and signature of a Source
+_WRITTEN: dict[Any, Written] = {}  # by all that it depends on: a function that is traced anew has the same text
+
+
+def _written(
+    program: Program, language: str, outputs: tuple[str, ...], length: int, small: frozenset[int]
+) -> Written:  # fmt: skip
     graph, names = program.graph, []
+    writer = (Bounder if "bounds" in outputs else Writer)(program, language, length, small)
     for name, root, parameters in (
         ("mask", graph.mask, "b, h, i, j, A"),
         ("score", graph.score, "s, b, h, i, j, A"),
@@ -156,7 +178,10 @@ def make_source(program: Program, language: str, outputs: Sequence[str], length:
         writer.function(f"grad_{n}", "s, b, h, i, j, A", gradient.factor)
         writer.place(f"place_{n}", gradient.source, gradient.index)
         names += [f"grad_{n}", f"place_{n}"]
-    return Source(program, writer.text(), tuple(names), writer.signature())
+    if isinstance(writer, Bounder) and graph.mask is not None:
+        writer.bounds_of_tiles(graph.mask)
+        names.append("bounds")
+    return writer.text(), tuple(names), writer.signature()
 
 
 class Tables:
@@ -167,21 +192,27 @@ class Tables:
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = tensors
+        self.narrow = frozenset(k for k, t in enumerate(tensors) if t.dtype == torch.int32)  # no more than 32 bits
         self._small: dict[int, tuple[Any, bool]] = {}
         self._copies: dict[tuple[int, torch.device], tuple[Any, Tensor]] = {}
 
     def small(self) -> frozenset[int]:
         """The places of integer tensors with no value beyond SMALL."""
-        return frozenset(k for k, t in enumerate(self.tensors) if kind_of(t) == "i" and self._is_small(k))
+        return frozenset(k for k in self.guesses()[1] if self._is_small(k))
+
+    def guesses(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The places that are known to be small without a look, and those that may be: a look waits for the device."""
+        integers = frozenset(k for k, t in enumerate(self.tensors) if kind_of(t) == "i")
+        return frozenset(k for k in integers if _known_small(self.tensors[k])), integers
 
     def _is_small(self, place: int) -> bool:
         table = self.tensors[place]
-        if table.dtype.itemsize < 4 or not table.numel():
+        if _known_small(table):
             return True
         version, small = self._small.get(place, (None, False))
         if version is None or version != _version(table):
-            low, high = table.aminmax()
-            small = int(low) >= -SMALL and int(high) <= SMALL
+            low, high = torch.stack(table.aminmax()).tolist()
+            small = low >= -SMALL and high <= SMALL
             self._small[place] = _version(table), small
         return small
 
@@ -194,6 +225,10 @@ class Tables:
             copy = table.detach().to(target, torch.int32 if narrow else table.dtype)
             self._copies[place, target] = _version(table), copy
         return copy
+
+
+def _known_small(table: Tensor) -> bool:
+    return table.dtype.itemsize < 4 or not table.numel()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -9,7 +9,7 @@ Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU, slowly, for tests.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -109,14 +109,14 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
     return (op.ATTEND if torch.compiler.is_compiling() else op.attend)(form, x, blocks)
 
 
-def again(form: Form, x: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...] | None] | None:
-    """What the last `run` launched, for other q, k and v like those of x; None if that is not known yet, or may be
+def again(form: Form, x: Inputs) -> Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None] | None:
+    """What the last `run` did, for other q, k, v and operands like those of x; None if that is not known yet, or may be
     something else the next time."""
-    if not isinstance(form, Scores) or form.program.tensors or x.q.device.type != "cuda":
+    if not isinstance(form, Scores) or x.q.device.type != "cuda":
         return None
-    from manyheads.engines.triton import hopper
+    from manyheads.engines.triton import launch
 
-    return hopper.again(form, x)
+    return launch.again(form, x)
 
 
 def _interprets() -> bool:

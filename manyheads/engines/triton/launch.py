@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ from manyheads.engines.triton.call import Call, kernel_of
 INTERPRETED = bool(knobs.runtime.interpret)
 
 
-def attend(form: Scores, x: Inputs, chosen: hopper.Chosen | None = None) -> tuple[Tensor, Tensor]:
+Two = tuple[Tensor, Tensor]
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def attend(form: Scores, x: Inputs, chosen: hopper.Chosen | None = None) -> Two:
     """(o, lse). chosen: blocks that the mask is about, which hopper.why_no_lists let pass."""
     if not (x.q.numel() and x.k.numel() and x.v.numel()):
         return x.nothing(), unseen(form, x)
@@ -29,14 +33,36 @@ def attend(form: Scores, x: Inputs, chosen: hopper.Chosen | None = None) -> tupl
             return attend(form, x, chosen)
     own = hopper.why_not(form, x) is None
     assert own or x.dropout is None, "why_not said so"
-    if not (x.wants_grad or (torch.is_grad_enabled() and any(t.requires_grad for t in form.program.tensors))):
-        return hopper.run(form, x, chosen) if own else plain_forward(*_q_k_v(x), call_of(form, x))
-    call, rest = call_of(form, x), x.with_(q=NOTHING, k=NOTHING, v=NOTHING)
-    learned = call.learned()
-    name = of_heads(form)
-    heads = None if name is None else x.operands[name].float()
-    found = _Attend.apply(*_q_k_v(x), heads, form, rest, call, own, chosen, tuple(learned), *learned.values())
-    return found  # type: ignore[return-value]  torch calls it Any or None
+    if x.wants_grad or (torch.is_grad_enabled() and any(t.requires_grad for t in form.program.tensors)):
+        return _attend(form, x, own, chosen)
+    return hopper.run(form, x, chosen) if own else plain_forward(*_q_k_v(x), call_of(form, x))
+
+
+def again(form: Scores, x: Inputs) -> Callable[[Sequence[Tensor]], Two | None] | None:
+    """What `attend` did for x, for other q, k, v and operands like those of x, of which the same ones want gradients;
+    None if that is not known to be the same launches."""
+    known, captured = hopper.again(form, x), form.program.tensors
+    if known is None:
+        return None
+    wants_grad, learned = x.wants_grad, any(t.requires_grad for t in x.operands.values())
+    about = About(form, _emptied(x).with_(operands={}), own=True, known=known)  # keeps no tensor
+    shapes = {name: t.shape for name, t in x.operands.items()}
+
+    def run_again(tensors: Sequence[Tensor]) -> Two | None:
+        if captured and torch.is_grad_enabled() and any(t.requires_grad for t in captured):
+            return None
+        if not wants_grad:
+            return known(tensors)  # type: ignore[return-value]  two
+        q, k, v, *rest = tensors
+        if not rest:
+            return _Attend.apply(about, q, k, v, None)  # type: ignore[return-value]  torch calls it Any or None
+        pairs = zip(shapes.items(), rest, strict=True)
+        operands = {name: t if t.shape == shape else t.expand(shape) for (name, shape), t in pairs}
+        if learned:
+            return _attend(form, about.rest.with_(q=q, k=k, v=v, operands=operands), own=True, known=known)
+        return _Attend.apply(about._replace(rest=about.rest.with_(operands=operands)), q, k, v, None)  # type: ignore[return-value]  as above
+
+    return run_again
 
 
 def of_heads(form: Scores) -> str | None:
@@ -57,43 +83,84 @@ def call_of(form: Scores, x: Inputs) -> Call:
 NOTHING = torch.empty(0)
 
 
+class About(NamedTuple):
+    """All of a call that wants gradients but q, k and v, which `rest` lacks. own: the chip has kernels of its own.
+    sources: where the program has what the score reads and a gradient is wanted for. known: the forward pass, if it is
+    known what it launches."""
+
+    form: Scores
+    rest: Inputs
+    own: bool
+    chosen: hopper.Chosen | None = None
+    call: Call | None = None
+    sources: tuple[int | str, ...] = ()
+    known: Callable[[Sequence[Tensor]], Any] | None = None
+
+
+def _attend(
+    form: Scores, x: Inputs, own: bool, chosen: hopper.Chosen | None = None,
+    known: Callable[[Sequence[Tensor]], Any] | None = None,
+) -> Two:  # fmt: skip
+    read = (*form.program.tensors, *x.operands.values())
+    call = None if own and not any(t.requires_grad for t in read) else call_of(form, x)
+    learned = {} if call is None else call.learned()
+    name = of_heads(form)
+    heads = None if name is None else x.operands[name].float()
+    about = About(form, _emptied(x), own, chosen, call, tuple(learned), known)
+    return _Attend.apply(about, *_q_k_v(x), heads, *learned.values())  # type: ignore[return-value]  torch calls it Any
+
+
 class _Attend(torch.autograd.Function):
-    """`rest`: the inputs but q, k and v. `own`: the chip has kernels of its own for it. `read`: what the score reads
-    and a gradient is wanted for; `sources` say where the program has it."""
+    """heads: of `of_heads`. read: what stands at about.sources."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, form: Scores, rest: Inputs, call: Call,
-        own: bool, chosen: hopper.Chosen | None, sources: tuple[int | str, ...], *read: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        o, lse = hopper.run(form, rest.with_(q=q, k=k, v=v), chosen) if own else plain_forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, o, lse, *read)  # `read` so that torch sees whether it was changed in place
-        ctx.form, ctx.rest, ctx.call, ctx.own, ctx.chosen, ctx.sources = form, rest, call, own, chosen, sources
+        ctx: Any, about: About, q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, *read: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        made: Any = None if about.known is None else about.known((q, k, v, *about.rest.operands.values()))
+        if made is None and about.own:
+            made = hopper.run(about.form, _filled(about.rest, q, k, v), about.chosen)
+        elif made is None:
+            made = plain_forward(q, k, v, about.call)  # type: ignore[arg-type]  not None
+        ctx.save_for_backward(q, k, v, *made, *read)  # `read` so that torch sees whether it was changed in place
+        ctx.about = about
         ctx.set_materialize_grads(False)
-        return o, lse
+        return made
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse, *_ = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if do is None and dlse is None:
-            return (None,) * len(needed)
-        do = torch.zeros_like(o) if do is None else do
-        x = ctx.rest.with_(q=q, k=k, v=v)
-        (dq, dk, dv), dheads, found = run_backward(
-            ctx.form, x, o, lse, do, dlse, ctx.call, ctx.own, needed[:3], needed[3], ctx.sources, ctx.chosen
-        )
-        return dq, dk, dv, dheads, None, None, None, None, None, None, *(found[source] for source in ctx.sources)
+        return _differentiate_once(ctx, do, dlse) if torch.is_grad_enabled() else _differentiate(ctx, do, dlse)
 
 
-Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, *_ = ctx.saved_tensors
+    about, (_, *needed) = ctx.about, ctx.needs_input_grad
+    if do is None and dlse is None:
+        return (None,) * (1 + len(needed))
+    do = torch.zeros_like(o) if do is None else do
+    products, dheads, found = run_backward(
+        about.form, _filled(about.rest, q, k, v), o, lse, do, dlse, about.own, tuple(needed[:3]), needed[3],
+        about.sources, about.chosen, about.call,
+    )  # fmt: skip
+    return None, *products, dheads, *(found[source] for source in about.sources)
+
+
+_differentiate_once = torch.autograd.function.once_differentiable(_differentiate)
+
+
+def _emptied(x: Inputs) -> Inputs:
+    return x.with_(q=NOTHING, k=NOTHING, v=NOTHING)
+
+
+def _filled(rest: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    """`with_` takes twice as long."""
+    return Inputs(q, k, v, rest.scale, rest.q_positions, rest.kv_positions, rest.operands, rest.state, rest.dropout)
 
 
 def run_backward(
-    form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, call: Call,
-    own: bool, needed: tuple[bool, bool, bool], heads_needed: bool, sources: Iterable[int | str],
-    chosen: hopper.Chosen | None = None,
+    form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, own: bool,
+    needed: tuple[bool, bool, bool], heads_needed: bool, sources: Iterable[int | str],
+    chosen: hopper.Chosen | None = None, call: Call | None = None,
 ) -> tuple[Three, Tensor | None, dict[int | str, Tensor]]:  # fmt: skip
     """The gradients of (q, k, v), of of_heads, and of what the score reads, as far as they are needed."""
     do, sources = _rows(do), tuple(sources)
@@ -104,6 +171,7 @@ def run_backward(
         return products, hopper.alpha_gradient(form, x, lse, do) if heads_needed else None, {}
     if own and not heads_needed and not sources:
         return products, None, {}
+    call = call_of(form, x) if call is None else call
     delta = row_delta(o, do, dlse, call)
     if not own:
         products = plain_backward(x.q, x.k, x.v, do, lse, delta, call, needed)

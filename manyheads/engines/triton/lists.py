@@ -85,10 +85,11 @@ def key_of(
     *rest: Any,
 ) -> tuple[Any, ...] | None:  # fmt: skip
     """What a map of tiles depends on, `rest` among it; None if that is not known by name."""
-    if any(isinstance(p, Tensor) for p in positions) or any(t.is_inference() for t in program.tensors):
+    if any(isinstance(p, Tensor) for p in positions) or program.mask_reads_operands:
         return None
-    if operands and program.mask_reads_operands:
+    read = [program.tensors[source] for source in sorted(program.mask_reads)]  # type: ignore[index,type-var]  no operands
+    if any(t.is_inference() for t in read):
         return None
-    tensors, depends = tuple((id(t), t._version) for t in program.tensors), program.mask_depends
+    tensors, depends = tuple((id(t), t._version) for t in read), program.mask_depends
     shared = batch if "b" in depends else 1, heads if "h" in depends else 1
     return program.key, program.numbers, tensors, positions, *shared, *rest

@@ -33,7 +33,7 @@ def as_launched(
         return form, x, None
     assert blocks is not None, "a selection chooses first"
     if not by_map and hopper.why_no_lists(form, x) is None:
-        return form.scores, x, hopper.selected.chosen_of(form, x, blocks)
+        return form.scores, x, hopper.chosen_of(form, x, blocks)
     scores, x = as_scores(form, x, blocks)
     return with_captured(scores, [*form.scores.program.tensors]), x, None  # type: ignore[return-value]  it stays Scores
 
@@ -54,8 +54,8 @@ def backward(
     scores, x, chosen = as_launched(form, x, blocks, by_map=bool(sources))
     heads = launch.of_heads(scores)
     products, dheads, found = launch.run_backward(
-        scores, x, o, lse, do, dlse, launch.call_of(scores, x), launch.hopper.why_not(scores, x) is None,
-        (needed[0], needed[1], needed[2]), heads in wanted, sources, chosen,
+        scores, x, o, lse, do, dlse, launch.hopper.why_not(scores, x) is None, (needed[0], needed[1], needed[2]),
+        heads in wanted, sources, chosen,
     )  # fmt: skip
     found = {name: grad if isinstance(name, int) else _stored(grad, name, form, x) for name, grad in found.items()}
     if heads is not None and dheads is not None:

@@ -1,7 +1,7 @@
 """Calls once more, with other tensors: the second call of a kind is watched, the ones after it only launch what it did.
 
-    key = key_of(form, x, (x.q, x.k, x.v))
-    o, lse = replayed(key, (x.q, x.k, x.v), still, lambda: forward.run(form, x))
+    given = x.q, x.k, x.v, *x.operands.values()
+    o, lse = replayed(key_of(form, x, given), given, form.program.tensors, tables, lambda: forward.run(form, x))
 
 Between two calls with equal keys nothing differs but where tensors lie, so that shapes, tables of tiles, descriptors'
 strides and a kernel's specialisation need not be found again, which takes several times as long as a short kernel.
@@ -11,41 +11,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from manyheads.core.alike import alike
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
 from manyheads.engines.triton import quick
 
 CALLS = 512  # kinds of calls that are kept, the latest used
-ALIGNED = 16  # bytes: what descriptors and kernels are told of pointers
 
 Key = tuple[Any, ...]
 Made = tuple[Tensor | None, ...]
+Given = Sequence[Tensor | None]
 
 
-def key_of(form: Scores, x: Inputs, given: Sequence[Tensor | None], *rest: Any) -> Key | None:
-    """What a call depends on besides the numbers in `given`; None if that is not all known by name."""
-    if x.operands or x.ragged or x.dropout is not None or any(t.is_inference() for t in form.program.tensors):
+def key_of(form: Scores, x: Inputs, given: Given, *rest: Any) -> Key | None:
+    """What a call depends on besides the numbers in `given`, x's operands among them, and in captured tensors; None if
+    that is not all known by name."""
+    if x.ragged or x.dropout is not None:
         return None
-    places = [0 if t is None else t.data_ptr() for t in given]
-    if any(place % ALIGNED for place in places):
-        return None
-    tensors = [None if t is None else (t.shape, t.stride(), t.dtype) for t in given]
-    same = [places.index(place) for place in places]  # a tensor may be given twice
-    versions = [t._version for t in form.program.tensors]
-    return form, x.q.device, x.scale, x.q_positions, x.kv_positions, *tensors, *same, *versions, *rest
+    facts = alike(given)
+    return None if facts is None else (form, x.scale, x.q_positions, x.kv_positions, *x.operands, *rest, facts)
 
 
 def replayed(
-    key: Key | None, given: Sequence[Tensor | None], still: Callable[[], Iterable[Tensor]], compute: Callable[[], Made]
+    key: Key | None, given: Given, captured: Sequence[Tensor], still: Callable[[], Iterable[Tensor]],
+    compute: Callable[[], Made],
 ) -> Made:  # fmt: skip
     """What `compute` gives: tensors of `quick.empty`, or None. still: what its launches may read besides `given`, the
-    same for equal keys."""
+    same for equal keys as long as nobody writes to the captured tensors."""
     if key is None:
         return compute()
     call = _KNOWN.get(key)
@@ -54,7 +53,7 @@ def replayed(
         return made
     with quick.watched() as seen:
         made = compute()
-    call = call_of(seen, given, made, still())
+    call = call_of(seen, given, made, captured, still())
     if call is not None:
         _KNOWN[key] = call
         while len(_KNOWN) > CALLS:
@@ -71,62 +70,85 @@ _KNOWN: dict[Key, Call] = {}
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """boxes: which tensor, its shape and strides. slots: places among the arguments, and which tensor goes there."""
+    """Tensors by their numbers. boxes: a tensor, and from where it lies to its descriptor. slots: places among the
+    arguments, and which tensor goes there."""
 
     direct: quick.Direct
     programs: int
-    boxes: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    boxes: tuple[tuple[int, Callable[[int], list[Any]]], ...]
     arguments: tuple[Any, ...]
     slots: tuple[tuple[int, int], ...]
+
+    def __call__(self, places: Sequence[int], stream: int) -> None:
+        expanded: list[Any] = []
+        for number, encoded in self.boxes:
+            expanded += encoded(places[number])
+        arguments = [*self.arguments]
+        for at, number in self.slots:
+            arguments[at] = places[number]
+        self.direct.start(self.programs, stream, expanded, arguments)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Launches. Tensors are numbered: given ones, then fresh ones, of these shapes and dtypes. made: the results."""
+    """Launches. Tensors are numbered: given ones, then fresh ones, which are made like those in `fresh`. made: the
+    results. captured: tensors and the versions that they must have still. kept: what launches read besides."""
 
-    device: torch.device
-    fresh: tuple[tuple[torch.Size, torch.dtype], ...]
+    device: int
+    fresh: tuple[Tensor, ...]
     launches: tuple[Launch, ...]
     made: tuple[int | None, ...]
+    captured: tuple[tuple[Tensor, int], ...]
+    kept: tuple[Tensor, ...]
 
-    def __call__(self, given: Sequence[Tensor | None]) -> Made | None:
+    def __call__(self, given: Given) -> Made | None:
         """None if it has to go the ordinary way."""
         active: Any = driver.active
         device = active.get_current_device()
-        if device != (self.device.index or 0) or quick.hooks_wait():
+        if device != self.device or quick.hooks_wait():
             return None
-        fresh = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.fresh]
-        tensors: Any = (*given, *fresh)
+        for tensor, version in self.captured:
+            if tensor._version != version:
+                return None
+        tensors: list[Any] = [*given, *map(torch.empty_like, self.fresh)]
+        places = [0 if t is None else t.data_ptr() for t in tensors]
         stream = active.get_current_stream(device)
         for launch in self.launches:
-            expanded: list[Any] = []
-            for place, (number, shape, strides) in enumerate(launch.boxes):
-                expanded += launch.direct.encoded(place, tensors[number].data_ptr(), shape, strides)  # type: ignore[misc]
-            arguments = [*launch.arguments]
-            for place, number in launch.slots:
-                arguments[place] = tensors[number]
-            launch.direct.start(launch.programs, stream, expanded, arguments)
+            launch(places, stream)
         return tuple([None if number is None else tensors[number] for number in self.made])
 
 
-def call_of(seen: quick.Seen, given: Sequence[Tensor | None], made: Made, still: Iterable[Tensor]) -> Call | None:
+def call_of(
+    seen: quick.Seen, given: Given, made: Made, captured: Sequence[Tensor], still: Iterable[Tensor]
+) -> Call | None:  # fmt: skip
     """None if some launch was not direct, or touched what is neither given, nor fresh, nor still: a copy of something
-    given, as it was then."""
+    given, as it was then. Nor is it known when a tensor of inference mode is written to."""
+    if not seen.launches or any(t.is_inference() for t in captured):
+        return None
     known = (*given, *seen.fresh)
     numbers = {t.data_ptr(): number for number, t in reversed([*enumerate(known)]) if t is not None}
-    kept = {t.data_ptr() for t in still}
-    launches = []
-    for direct, programs, boxes, arguments in seen.launches or ():
-        slots = {
-            at: a.data_ptr() for at, a in enumerate(arguments) if isinstance(a, Tensor) and a.data_ptr() not in kept
-        }
+    kept = {t.data_ptr(): t for t in still}
+    launches, used = [], {}
+    for direct, programs, boxes, arguments in seen.launches:
+        places = [a.data_ptr() if isinstance(a, Tensor) else None for a in arguments]
+        slots = {at: place for at, place in enumerate(places) if place is not None and place not in kept}
+        used |= {place: kept[place] for place in places if place in kept}
         if not {*slots.values(), *(box.base.data_ptr() for box in boxes)} <= numbers.keys():
             return None
-        rest = tuple(None if at in slots else a for at, a in enumerate(arguments))
-        own = tuple((numbers[box.base.data_ptr()], tuple(box.shape), tuple(box.strides)) for box in boxes)
+        # An address is less work for Triton's launcher than a tensor.
+        rest = tuple(a if place is None else place for a, place in zip(arguments, places, strict=True))
+        own = tuple((numbers[box.base.data_ptr()], _encoder(direct, at, box)) for at, box in enumerate(boxes))
         launches.append(Launch(direct, programs, own, rest, tuple((at, numbers[p]) for at, p in slots.items())))
-    if not launches or any(t is not None and t.data_ptr() not in numbers for t in made):
+    if used.keys() & numbers.keys() or any(t is not None and t.data_ptr() not in numbers for t in made):
         return None
-    fresh = tuple((t.shape, t.dtype) for t in seen.fresh)
+    # One number, expanded: torch takes a tensor to make another like it in half the time that it takes sizes.
+    fresh = tuple(t.new_empty(1).expand(t.shape) for t in seen.fresh)
     results = tuple(None if t is None else numbers[t.data_ptr()] for t in made)
-    return Call(seen.fresh[0].device, fresh, tuple(launches), results)
+    versions = tuple((t, t._version) for t in captured)
+    device = seen.fresh[0].device.index or 0
+    return Call(device, fresh, tuple(launches), results, versions, tuple(used.values()))
+
+
+def _encoder(direct: quick.Direct, at: int, box: quick.Box) -> Callable[[int], list[Any]]:
+    shape, strides = tuple(box.shape), tuple(box.strides)
+    return lru_cache(quick.ENCODED)(lambda place: direct.encode(at, place, shape, strides))  # type: ignore[misc]

@@ -20,7 +20,7 @@ import math
 import torch
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import block_means, block_sums, fewest, past_blocks, products
+from manyheads.core.choosing import block_means, fewest, past_blocks, products, stripes
 
 
 def reference(q, k, v, *, gamma=0.95, tau=0.1, block_size=128, min_budget=1024):
@@ -110,29 +110,22 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
         past = past_blocks(len(m), len(t), first=offset // block_size, device=q.device).expand(*q.shape[:2], -1, -1)
         if q_len <= max(2 * block_size, min_budget):
             return Blocks.from_map(past)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        k = k.to(wide)
-
-        shown, j = q[..., -block_size:, :].to(wide) * scale, torch.arange(n, device=q.device)
-        apart = j[-block_size:, None] - j  # query i sees key j over this distance, and over distance j the key i - j
-        a = products(shown, k).masked_fill(apart < 0, -torch.inf).softmax(-1) / block_size
-        columns = block_sums(a.sum(-2), block_size)
-        by_distance = a.gather(-1, apart.clamp(min=0).expand_as(a)).masked_fill(apart < 0, 0.0)
-        diagonals = block_sums(by_distance.sum(-2), block_size)
-
+        shown = q[..., -block_size:, :]
+        columns, diagonals = stripes(shown, k, block_size, scale=scale)
         k_means = block_means(k, block_size)
-        estimate = products(shown.mean(-2, keepdim=True), k_means).softmax(-1).squeeze(-2)
+        shown_mean = shown.to(k_means.dtype).mean(-2, keepdim=True) * scale
+        estimate = products(shown_mean, k_means).softmax(-1).squeeze(-2)
         both = torch.stack([estimate, columns])
         divergence = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1).mean(0)
         aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
 
         share = torch.where(aware, 0.0, gamma)
         vertical, slash = (fewest(x, share, least, first=True) for x in (columns, diagonals))
-        stripes = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
+        striped = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
         q_means = block_means(q, block_size, offset % block_size) * scale
         pooled = products(q_means, k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
         cells = fewest(pooled.flatten(-2), gamma).view_as(pooled)
-        return Blocks.from_map(past & (stripes | cells & aware[..., None]))
+        return Blocks.from_map(past & (striped | cells & aware[..., None]))
 
     return Selection(
         select=select,

@@ -17,10 +17,9 @@ Zhao, Zhou, Su, Xiao, Li, et al. "InfLLM-V2: Dense-Sparse Switchable Attention f
 import math
 
 import torch
-import torch.nn.functional as F
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import best, by_runs, products
+from manyheads.core.choosing import Past, best_windows, window_means
 
 
 def reference(
@@ -86,29 +85,19 @@ def infllm_v2(
     heads choose together; None for those that share a key head."""
     if kernel % stride or block_size % stride:
         raise ValueError(f"stride {stride} must divide kernel {kernel} and block_size {block_size}")
-    local, step, overlap = -(-window // block_size), block_size // stride, kernel // stride - 1
+    local = -(-window // block_size)
 
     @torch.no_grad()
     def select(q, k, *, scale, offset):
         together = group or q.shape[1] // k.shape[1]
         if q.shape[1] % together:
             raise ValueError(f"group {together} must divide the {q.shape[1]} heads")
-        wide = torch.promote_types(q.dtype, torch.float32)
-        means = F.pad(k.to(wide), (0, 0, 0, kernel)).unfold(-2, kernel, stride).mean(-1)
-        ends = torch.arange(means.shape[-2], device=q.device) * stride + kernel - 1
-        n = torch.arange(-(-k.shape[-2] // block_size), device=q.device)
-        right = (len(n) + 1) * step - len(ends)
-
-        def choose(q, first):
-            i = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
-            s = (products(q.to(wide), means) * scale).masked_fill(ends > i, torch.finfo(wide).min)
-            p = s.softmax(-1).masked_fill(ends > i, 0.0).unflatten(1, (-1, together)).sum(2)
-            likes = F.pad(p, (overlap, right)).unfold(-1, step + overlap, step).amax(-1)[..., : len(n)]
-            past, recent = n <= i // block_size, n > i // block_size - local
-            likes = likes.masked_fill((n < init_blocks) | recent, torch.inf).masked_fill(~past, -torch.inf)
-            # Neighbours that share their best mean are equally good.
-            return past & (best(likes, max(top_k, init_blocks) + local) | (i < dense_len))
-
-        return Blocks.from_map(by_runs(choose, q, offset).repeat_interleave(together, 1))
+        past = Past(query_block=1, key_block=block_size, offset=offset, first=init_blocks, local=local - 1)
+        # Neighbours that share their best mean are equally good: the first one comes first.
+        blocks = best_windows(
+            q, window_means(k, kernel, stride), max(top_k, init_blocks) + local, past, kernel=kernel, stride=stride,
+            scale=scale, together=together, dense=dense_len,
+        )  # fmt: skip
+        return Blocks(*(t.repeat_interleave(together, 1) for t in (blocks.indices, blocks.counts)))
 
     return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)

@@ -8,16 +8,20 @@ from typing import Any
 
 from manyheads.core import builders
 
-NAMES = ("block_means", "heaviest", "best", "best_past", "fewest_past", "listed", "transposed")
+NAMES = {
+    "launches": ("block_means", "heaviest", "best", "best_past", "fewest_past", "listed", "transposed"),
+    "weighing": ("best_windows", "stripes"),
+}
 
 
 def register() -> None:
-    for name in NAMES:
-        getattr(builders, name).register_kernel("cuda")(_later(name))
+    for module, names in NAMES.items():
+        for name in names:
+            getattr(builders, name).register_kernel("cuda")(_later(module, name))
 
 
-def _later(name: str) -> Any:
+def _later(module: str, name: str) -> Any:
     def run(*args: Any) -> Any:
-        return getattr(import_module(f"{__name__}.launches"), name)(*args)
+        return getattr(import_module(f"{__name__}.{module}"), name)(*args)
 
     return run

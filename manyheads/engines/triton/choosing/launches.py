@@ -13,7 +13,7 @@ from torch import Tensor
 from manyheads.core import picking
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
-from manyheads.engines.triton.choosing.kernels import listing, means, turning
+from manyheads.engines.triton.choosing.kernels import listing, long, means, turning
 from manyheads.engines.triton.choosing.kernels.past import past as past_of
 from manyheads.engines.triton.choosing.kernels.rows import heaviest_of_rows
 from manyheads.engines.triton.hopper.kernels.uniting import mark
@@ -21,6 +21,7 @@ from manyheads.engines.triton.launch import INTERPRETED
 
 LONGEST = 2**14  # a row in registers
 TILE = 2**11  # numbers in registers, where rows are shorter
+LOOKED, TOGETHER = 2**12, 128  # entries of a longer row that a program looks at, and such chunks that it adds up
 PART, DIMS = 64, 32  # key blocks, and numbers of each, that are multiplied at a time
 AT_ONCE = 3  # programs on a multiprocessor
 MARKED = 1024  # entries of lists that a program marks
@@ -33,29 +34,32 @@ def block_means(x: Tensor, size: int, start: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     four = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) if x.ndim > 2 else x[None, None]
     (batch, heads, length, dim), before = four.shape, start % size
-    blocks, width = cdiv(before + length, size), _power(dim)
+    blocks, width = cdiv(before + length, size), power(dim)
     out = x.new_empty(*x.shape[:-2], blocks, dim, dtype=torch.float32)
-    some = max(1, min(4 * TILE // width, _power(size)))
+    some = max(1, min(4 * TILE // width, power(size)))
     arguments = four, out, heads, blocks, length, before, size, *four.stride()[:3], some, dim, width
-    _launch(means.means, batch * heads * blocks, arguments)
+    launch(means.means, batch * heads * blocks, arguments)
     return out
 
 
 def heaviest(mass: Tensor, share: Tensor | None, least: int, first: bool) -> Tensor:
-    if not _fits(mass):
+    if mass.dtype == torch.float64:
         return picking.heaviest(mass, share, least, first)
     kept = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
     if share is not None:
         share = share.float()
         share = share if share.numel() == 1 else share.expand(*mass.shape[:-1], 1).contiguous()
+    if mass.shape[-1] > LONGEST:
+        of_long_rows(mass.contiguous(), share, kept.view(torch.uint8), least, first)
+        return kept
     _of_rows(mass.contiguous(), share, kept.view(torch.uint8), None, None, 0, least, first)
     return kept
 
 
 def best(likes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    if not _fits(likes):
+    if not fits(likes):
         return picking.best(likes, count)
-    indices, counts = _lists(likes, *likes.shape[:-1], min(count, likes.shape[-1]))
+    indices, counts = empty_lists(likes, *likes.shape[:-1], min(count, likes.shape[-1]))
     _of_rows(likes.contiguous(), None, None, indices, counts, indices.shape[-1], count, False)
     return indices, counts
 
@@ -65,20 +69,36 @@ def _of_rows(
     least: int, first: bool,
 ) -> None:  # fmt: skip
     n, step = mass.shape[-1], 0 if share is None or share.numel() == 1 else 1
-    columns = _power(n)
+    columns = power(n)
     some, number = max(1, TILE // columns), math.prod(mass.shape[:-1])
     arguments = mass, share, kept, indices, counts, number, n, width, step, least, first, some, columns
-    _launch(heaviest_of_rows, cdiv(number, some), arguments, num_warps=warps(columns))
+    launch(heaviest_of_rows, cdiv(number, some), arguments, num_warps=warps(columns))
+
+
+def of_long_rows(mass: Tensor, share: Tensor | None, kept: Tensor, least: int, first: bool) -> None:
+    n, step, number = mass.shape[-1], 0 if share is None or share.numel() == 1 else 1, math.prod(mass.shape[:-1])
+    chunks = cdiv(n, LOOKED)
+    limits = torch.zeros(number, dtype=torch.int64, device=mass.device)
+    counts = torch.empty(number, chunks, long.DIGITS.value, dtype=torch.int32, device=mass.device)
+    masses = counts.new_empty(counts.shape, dtype=torch.float32)
+    above = counts.new_empty(number), masses.new_empty(number), counts.new_empty(number, chunks)
+    for shift in range(32 - long.BITS, -1, -long.BITS):
+        arguments = mass, limits, counts, masses, n, chunks, shift, first, share is not None, LOOKED
+        launch(long.measure, number * chunks, arguments, num_warps=8)
+        arguments = limits, counts, masses, share, *above, chunks, shift, step, least, TOGETHER
+        launch(long.narrow, number, arguments, num_warps=8)
+    arguments = mass, kept, limits, share, *above, n, chunks, step, least, first, LOOKED
+    launch(long.keep, number * chunks, arguments, num_warps=8)
 
 
 def best_past(q: Tensor, k: Tensor, count: int, *rule: int) -> tuple[Tensor, Tensor]:
-    if not _fits(q, k.shape[2]):
+    if not fits(q, k.shape[2]):
         return picking.best_past(q, k, count, *rule)
     return _past(q, k, min(count, k.shape[2]), 1.0, 0.0, count, rule, False)
 
 
 def fewest_past(q: Tensor, k: Tensor, scale: float, share: float, least: int, *rule: int) -> tuple[Tensor, Tensor]:
-    if not _fits(q, k.shape[2]):
+    if not fits(q, k.shape[2]):
         return picking.fewest_past(q, k, scale, share, least, *rule)
     return _past(q, k, k.shape[2], scale, share, least, rule, True)
 
@@ -88,36 +108,36 @@ def _past(
 ) -> tuple[Tensor, Tensor]:
     (batch, heads, queries, dim), (kv_heads, n) = q.shape, k.shape[1:3]
     q, k = q if q.stride(-1) == 1 else q.contiguous(), k.float().contiguous()
-    indices, counts = _lists(q, batch, heads, queries, width)
+    indices, counts = empty_lists(q, batch, heads, queries, width)
     tile = tile_of(n, dim)
     tiles = batch * heads * cdiv(queries, tile["ROWS"])
-    programs = min(tiles, AT_ONCE * _multiprocessors(q.device))
+    programs = min(tiles, AT_ONCE * multiprocessors(q.device))
     space = torch.empty(programs, tile["ROWS"], tile["COLUMNS"], dtype=torch.float32, device=q.device)
     query_block, key_block, offset, first, local = rule
     arguments = (
         q, k, space, indices, counts, tiles, heads, heads // kv_heads, queries, n, width, *q.stride()[:3], scale, share,
         least, query_block, key_block, offset // query_block, first, local, shared, dim, *tile.values(), PRECISION,
     )  # fmt: skip
-    _launch(past_of, programs, arguments, num_warps=warps(tile["COLUMNS"]))
+    launch(past_of, programs, arguments, num_warps=warps(tile["COLUMNS"]))
     return indices, counts
 
 
 def tile_of(key_blocks: int, dim: int) -> dict[str, int]:
     """The constants of kernels/past.py, in its order."""
-    columns = max(16, _power(key_blocks))
+    columns = max(16, power(key_blocks))
     rows = min(64, max(16, 2 * TILE // columns))
     some = min(rows, max(1, TILE // columns))
     return {
-        "DIMS": min(DIMS, max(16, _power(dim))), "ROWS": rows, "SOME": some, "PART": min(PART, columns),
+        "DIMS": min(DIMS, max(16, power(dim))), "ROWS": rows, "SOME": some, "PART": min(PART, columns),
         "COLUMNS": columns,
     }  # fmt: skip
 
 
 def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
-    indices, counts = _lists(keep, *keep.shape)
+    indices, counts = empty_lists(keep, *keep.shape)
     n, number = keep.shape[-1], counts.numel()
     arguments = keep.contiguous().view(torch.uint8), indices, counts, number, n, 4, 512
-    _launch(listing.listing, cdiv(number, 4), arguments)
+    launch(listing.listing, cdiv(number, 4), arguments)
     return indices, counts
 
 
@@ -128,27 +148,27 @@ def transposed(indices: Tensor, counts: Tensor, key_blocks: int) -> tuple[Tensor
     words, numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=indices.device).split(sizes)
     out = words.new_empty(indices.numel())
     lists, entries = (words, indices.contiguous(), counts.contiguous()), indices.numel()
-    _launch(mark, cdiv(entries, MARKED), (*lists, entries, max(1, width), query_blocks, chunks, key_blocks, MARKED))
+    launch(mark, cdiv(entries, MARKED), (*lists, entries, max(1, width), query_blocks, chunks, key_blocks, MARKED))
     programs = rows * cdiv(key_blocks, turning.COLUMNS)
-    _launch(turning.count, programs, (words, numbers[1:], chunks, key_blocks, turning.COLUMNS))
+    launch(turning.count, programs, (words, numbers[1:], chunks, key_blocks, turning.COLUMNS))
     begins = numbers.cumsum(0, dtype=torch.int32)
-    _launch(turning.place, programs, (words, begins, out, chunks, key_blocks, turning.COLUMNS))
+    launch(turning.place, programs, (words, begins, out, chunks, key_blocks, turning.COLUMNS))
     return out, begins
 
 
 # ---- what they share ----
 
 
-def _fits(x: Tensor, length: int | None = None) -> bool:
+def fits(x: Tensor, length: int | None = None) -> bool:
     return x.dtype != torch.float64 and (x.shape[-1] if length is None else length) <= LONGEST
 
 
-def _lists(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+def empty_lists(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty(shape, dtype=torch.int32, device=like.device)
     return indices, indices.new_empty(shape[:-1])
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -158,11 +178,11 @@ def warps(columns: int) -> int:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _launch(entry: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
+def launch(entry: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
     if programs:
         with torch.cuda.device_of(arguments[0]):
             quick.launch(entry, programs, arguments, **options)

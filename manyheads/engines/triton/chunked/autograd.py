@@ -32,7 +32,7 @@ class _Recur(torch.autograd.Function):
         call = Call.of(q, k, v, g, beta, scale)
         made = prepare(call, keep=False)
         o, end, starts = forward(call, state, made)
-        ctx.save_for_backward(q, k, v, g, beta, starts, made.t, made.fades)
+        ctx.save_for_backward(q, k, v, g, beta, starts, *made.solved)
         ctx.scale, ctx.state = scale, None if state is None else state.dtype
         ctx.set_materialize_grads(False)
         return o, end
@@ -45,7 +45,7 @@ class _Recur(torch.autograd.Function):
             return (None,) * 7
         rows = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else _rows(do)
         call = Call.of(q, k, v, g, beta, ctx.scale)
-        found = backward(call, prepare(call, True, *made), starts, rows, d_end, ctx.needs_input_grad[3])
+        found = backward(call, prepare(call, True, tuple(made)), starts, rows, d_end, ctx.needs_input_grad[3])
         dg = None if found.g is None or g is None else found.g.to(g.dtype)
         dbeta = None if found.beta is None or beta is None else found.beta.to(beta.dtype)
         return *found[:3], dg, dbeta, None if ctx.state is None else found.state.to(ctx.state), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv
-from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
+from manyheads.engines.triton.chunked.call import Call, Prepared
 from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
 from manyheads.engines.triton.chunked.kernels import back as backs
 from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
@@ -40,14 +40,14 @@ def backward(
     u, z = (call.like(*tokens, call.v_head_dim) if corrects else None for _ in range(2))
     walk(call, made, starts, u=u, states=before)
     ends = starts_of(call, d_end, lambda *local: back(call, made, None, do, local=local))
-    back(call, made, ends, do, end=d_state, z=z, states=behind)
+    # Heads that share keys add up: in float32, for the sum is rounded once.
+    shared = call.q.dtype if call.group == 1 else torch.float32
+    dv = call.new(*tokens, call.v_head_dim, dtype=shared)
+    back(call, made, ends, do, end=d_state, z=z, dv=dv, states=behind)
 
     decays = decays and call.g is not None
     dq = call.new(*call.q.shape, dtype=torch.float32 if call.channels else call.q.dtype)
-    # Heads that share keys add up: in float32, for the sum is rounded once.
-    shared = call.q.dtype if call.group == 1 else torch.float32
     dk = call.new(*tokens, call.head_dim, dtype=torch.float32 if call.channels else shared)
-    dv = call.new(*tokens, call.v_head_dim, dtype=shared)
     dbeta = call.new(*tokens) if corrects else None
     dg = da = db = None
     if made.a is not None:
@@ -58,12 +58,10 @@ def backward(
     tile = call.tile("gradients")
     unit, steps = _steps(call.q, call.k, call.v, do)
     arguments = (
-        call.q, call.k, call.v, made.g, call.beta, made.a, made.b, u, z, do, before, behind, dq, dk, dv, dg, dbeta, da,
-        db, *steps, *steps_of(made.g), *steps_of(call.beta), *call.sizes, call.scale, *constants(call, tile.columns),
-        unit, INTERPRETED,
+        call.q, call.k, call.v, made.g, made.beta, made.b, u, z, do, before, behind, dq, dk, dg, dbeta, da, db, *steps,
+        *call.sizes, call.scale, *constants(call, tile.columns), unit, INTERPRETED,
     )  # fmt: skip
-    programs = call.rows * call.chunks
-    launch(gradient_kernels.gradients, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(gradient_kernels.gradients, call.rows * call.chunks, arguments, **tile.options)
     if call.channels:
         dq, dk, dg = _inner(call, made, (da, db), (dq, dk, dg), shared, decays)
     return Gradients(dq, _shared(dk, call.k), _shared(dv, call.v), dg, dbeta, d_state)
@@ -82,8 +80,7 @@ def _inner(
         call.q, call.k, made.g, *pairs, *parts, dq, dk, dg, *steps, *call.sizes, call.head_dim, tile.columns,
         call.chunk, unit, INTERPRETED,
     )  # fmt: skip
-    programs = call.rows * call.chunks * cdiv(call.head_dim, tile.columns)
-    launch(inners.inner, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(inners.inner, call.rows * call.chunks * cdiv(call.head_dim, tile.columns), arguments, **tile.options)
     return dq, dk, dg
 
 
@@ -94,7 +91,7 @@ def _shared(grad: Tensor, of: Tensor) -> Tensor:
 
 def back(
     call: Call, made: Prepared, starts: Tensor | None, do: Tensor, *, end: Tensor | None = None,
-    z: Tensor | None = None, states: Tensor | None = None,
+    z: Tensor | None = None, dv: Tensor | None = None, states: Tensor | None = None,
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """As `walk`, from the end."""
@@ -103,10 +100,9 @@ def back(
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, do)
     segments = call.segments - (local is not None)
     arguments = (
-        made.q, made.k, made.k_out, do, made.ends, made.fades, call.beta, made.t, made.a, z, starts, end, transition,
-        totals, states, *steps,
-        *steps_of(call.g), *steps_of(call.beta), *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
-        *constants(call, tile.columns), unit, INTERPRETED,
+        made.q, made.k, made.k_out, do, made.ends, made.fades, made.beta, made.t, made.a, z, dv, starts, end,
+        transition, totals, states, *steps, *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
+        *constants(call, tile.columns), call.even, unit, INTERPRETED,
     )  # fmt: skip
     programs = call.rows * segments * tiles_of(call, tile.columns, transition)
-    launch(backs.back, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(backs.back, programs, arguments, **tile.options)

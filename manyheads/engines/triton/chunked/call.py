@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import tables
+from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
 from manyheads.engines.triton.chunked.kernels.pairs import pairs
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
@@ -79,6 +80,11 @@ class Call:
         return tables.CHUNK[self.q.element_size()]
 
     @property
+    def even(self) -> bool:
+        """Whether chunks are whole, and all of their tokens ask."""
+        return not self.ahead and self.kv_len % self.chunk == 0
+
+    @property
     def chunks(self) -> int:
         return cdiv(self.kv_len, self.chunk)
 
@@ -108,37 +114,49 @@ class Call:
         return self.new(*shape, dtype=self.q.dtype)
 
 
+Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """g: as it was, or sums of log decays [batch, heads, chunks * chunk, head_dim] of single channels. q, k, k_out,
-    ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. a, b, t: what
-    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it. fades: bounds of what
-    chunks make of a state, [rows, chunks], where writes correct."""
+    """q, k, k_out, ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. g:
+    sums of log decays, float32 [batch, heads, chunks * chunk], with head_dim behind where channels have their own.
+    fades: bounds of how much longer chunks make a state, [rows, chunks], where there are decays. beta: float32 [rows,
+    chunks * chunk]. a, b, t: what pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody
+    reads it."""
 
     q: Tensor
     k: Tensor | None
     k_out: Tensor | None
     ends: Tensor | None
     g: Tensor | None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    t: Tensor | None = None
-    fades: Tensor | None = None
+    fades: Tensor | None
+    beta: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    t: Tensor | None
+
+    @property
+    def solved(self) -> Solved:
+        """What a backward pass is given of it: little, and half as much as q where writes correct."""
+        return None if self.a is not None else self.g, self.fades, self.beta, self.t
 
 
-def prepare(call: Call, keep: bool = True, t: Tensor | None = None, fades: Tensor | None = None) -> Prepared:
-    """keep: for a backward pass. t, fades: if they have been prepared before."""
-    a = b = k_out = None
-    q, k, ends, g, length = call.q, call.k, call.g, call.g, call.chunk
-    shape = call.rows, call.chunks, length, length
+def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prepared:
+    """keep: for a backward pass. solved: if that has been prepared before."""
+    a = b = k_out = ends = None
+    g, fades, beta, t = (None, None, None, None) if solved is None else solved
+    q, k, length = call.q, call.k, call.chunk
+    shape, tokens = (call.rows, call.chunks, length, length), (call.batch, call.heads, call.chunks * length)
     unit, steps = _steps(call.q, call.k)
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
-    if t is None and call.beta is not None and call.g is not None and call.segments > 1:
-        fades = call.new(*shape[:2])
+    if solved is None:
+        fades = None if call.g is None else call.new(*shape[:2])
+        g = None if call.g is None or call.channels else call.new(*tokens)
     if call.channels:
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
-        g = call.new(call.batch, call.heads, call.chunks * length, call.head_dim)
+        g = call.new(*tokens, call.head_dim)
         ends = call.new(*shape[:2], call.head_dim)
         q = call.like(*call.q.shape)
         k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
@@ -146,11 +164,16 @@ def prepare(call: Call, keep: bool = True, t: Tensor | None = None, fades: Tenso
         own = call.q, call.k, call.g, call.beta, g, a, b, q, k, k_out, ends, fades, *steps, *steps_of(call.g)
         shared = *steps_of(call.beta), *call.sizes, *common[:3], keep, *common[3:]
         launch(pairs, programs, (*own, *shared), num_warps=call.tile("pairs").warps, num_stages=1)
-    if t is None and call.beta is not None:
-        t = call.like(*shape)
-        own = call.k, call.g, call.beta, b, t, fades, *steps[3:], *steps_of(call.g), *steps_of(call.beta)
-        launch(solve, programs, (*own, call.kv_len, call.heads, call.group, *common), num_warps=4, num_stages=1)
-    return Prepared(q, k, k_out, ends, g, a, b, t, fades)
+    if solved is None and call.beta is not None:
+        t, beta = call.like(*shape), call.new(*tokens)
+        known = (None, None, None) if call.channels else (call.g, g, fades)
+        own = call.k, known[0], call.beta, b, t, known[1], beta, known[2], *steps[3:], *steps_of(call.g)
+        shared = *steps_of(call.beta), call.kv_len, call.heads, call.group, *common
+        launch(solve, programs, (*own, *shared), num_warps=4, num_stages=1)
+    elif solved is None and g is not None and not call.channels:
+        own = call.g, g, fades, *steps_of(call.g), call.kv_len, call.heads, length, CHUNKS
+        launch(gates, call.rows * cdiv(call.chunks, CHUNKS), own, num_warps=4)
+    return Prepared(q, k, k_out, ends if call.channels else g, g, fades, beta, a, b, t)
 
 
 def steps_of(t: Tensor | None) -> Steps:

@@ -51,7 +51,7 @@ def starts_of(call: Call, state: Tensor | None, local: Local) -> Tensor | None:
     _, _, head_dim, v_head_dim = call.state
     ahead = call.rows, call.segments - 1
     added, starts = call.new(*ahead, head_dim, v_head_dim), call.new(call.rows, call.segments, head_dim, v_head_dim)
-    totals = call.new(*ahead, head_dim if call.channels else 1)
+    totals = call.new(*ahead, head_dim if call.channels and call.beta is None else 1)
     transition = None if call.beta is None else call.new(*ahead, head_dim, head_dim)
     local(added, totals, transition)
     columns = min(COLUMNS, padded(v_head_dim))
@@ -74,12 +74,12 @@ def walk(
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, call.v, made.q if o is None else o)
     segments = call.segments - (local is not None)
     arguments = (
-        made.q, made.k, made.k_out, call.v, made.ends, made.fades, call.beta, made.t, made.a, o, u, starts, end,
-        transition, totals, states, *steps[:9], *steps_of(call.g), *steps_of(call.beta), *steps[9:], *call.sizes,
-        segments, cdiv(call.chunks, call.segments), call.scale, *constants(call, tile.columns), unit, INTERPRETED,
+        made.q, made.k, made.k_out, call.v, made.ends, made.fades, made.beta, made.t, made.a, o, u, starts, end,
+        transition, totals, states, *steps, *call.sizes, segments, cdiv(call.chunks, call.segments), call.scale,
+        *constants(call, tile.columns), call.even, unit, INTERPRETED,
     )  # fmt: skip
     programs = call.rows * segments * tiles_of(call, tile.columns, transition)
-    launch(walks.walk, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(walks.walk, programs, arguments, **tile.options)
 
 
 def tiles_of(call: Call, columns: int, transition: Tensor | None) -> int:

@@ -23,15 +23,19 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 # By kernel (with " channels" if they decay by themselves), bytes of a number and padded head_dim.
 TILES: dict[tuple[str, int, int], Tile] = {
     ("walk", 2, 128): Tile(64, 4, 2),
-    ("walk", 2, 256): Tile(32, 8, 2),
-    ("walk channels", 2, 256): Tile(32, 8, 1),
+    ("walk", 2, 256): Tile(32, 4, 2),
+    ("walk channels", 2, 256): Tile(32, 4, 1),
     ("back", 2, 128): Tile(64, 4, 2),
-    ("back", 2, 256): Tile(32, 8, 2),
-    ("back channels", 2, 256): Tile(32, 8, 1),
+    ("back", 2, 256): Tile(32, 4, 2),
+    ("back channels", 2, 256): Tile(32, 4, 1),
     ("gradients", 2, 128): Tile(64, 8, 2),
     ("gradients", 2, 256): Tile(32, 8, 1),
     ("inner", 2, 256): Tile(64, 4, 1),

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from manyheads.core.forms import Form, Scores, Selection
+from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs
 
 try:
     from manyheads.engines.triton import replay
-    from manyheads.engines.triton.hopper import backward, entmax, forward, selected, tables
+    from manyheads.engines.triton.hopper import backward, entmax, forward, rounds, selected, tables, top_k
     from manyheads.engines.triton.hopper.launching import NORMALISERS, UNIT, WIDTHS
-    from manyheads.engines.triton.hopper.selected import Chosen
+    from manyheads.engines.triton.hopper.rounds import Chosen
 except (ImportError, AttributeError) as error:  # no triton, or one that renamed something
     if (getattr(error, "name", None) or "").startswith("manyheads"):
         raise
     MISSING = f"this Triton has no Gluon for Hopper that is known here ({error})"
 else:
     MISSING = None
+    LEVELLED = {"entmax": entmax, "top_k": top_k}  # normalisers that find a level for each row first
 
 
 def why_not(form: Form, x: Inputs) -> str | None:
@@ -29,7 +30,7 @@ def why_not(form: Form, x: Inputs) -> str | None:
         return MISSING
     if not isinstance(form, Scores):
         return f"the Hopper kernel has no {type(form).__name__}"
-    if form.normaliser not in (*NORMALISERS, "entmax"):
+    if form.normaliser not in (*NORMALISERS, *LEVELLED):
         return f"the Hopper kernel has no {form.normaliser!r} normaliser"
     if x.dropout is not None and torch.is_grad_enabled():
         read = *form.program.tensors, *(t for name, t in x.operands.items() if name != form.sink)
@@ -46,7 +47,7 @@ def why_not(form: Form, x: Inputs) -> str | None:
         )
     if not all(isinstance(p, Tensor) or p.step == 1 for p in (x.q_positions, x.kv_positions)):
         return "the Hopper kernel needs consecutive positions, or a tensor of them"
-    return entmax.why_not(form, x) if form.normaliser == "entmax" else None
+    return LEVELLED[form.normaliser].why_not(form, x) if form.normaliser in LEVELLED else None
 
 
 def why_no_lists(form: Selection, x: Inputs) -> str | None:
@@ -55,24 +56,35 @@ def why_no_lists(form: Selection, x: Inputs) -> str | None:
     return selected.why_not(form, x) if why is None else why
 
 
+def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
+    """What `run` takes for the blocks that `form` chose for x, which why_no_lists let pass."""
+    if rounds.pay(form, x, blocks):
+        return rounds.Rounds(blocks, form.query_block, form.key_block)
+    return selected.chosen_of(form, x, blocks)
+
+
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
 def run(form: Scores, x: Inputs, chosen: Chosen | None = None) -> tuple[Tensor, Tensor]:
-    """(o, lse), without gradients. With entmax, which has no lse, what the backward pass needs stands in its place."""
-    if form.normaliser == "entmax":
-        return entmax.run(form, x)
-    given = x.q, x.k, x.v
+    """(o, lse), without gradients. Of LEVELLED ones, which have no lse, the levels stand in its place."""
+    if form.normaliser in LEVELLED:
+        return LEVELLED[form.normaliser].run(form, x)
+    if isinstance(chosen, rounds.Rounds):
+        return rounds.run(form, x, chosen)
+    given = x.q, x.k, x.v, *x.operands.values()
     key = replay.key_of(form, x, given) if chosen is None else None
-    return replay.replayed(key, given, lambda: _still(form, x), lambda: forward.run(form, x, chosen=chosen))  # type: ignore[return-value]  as compute does
+    return replay.replayed(
+        key, given, form.program.tensors, lambda: _still(form, x), lambda: forward.run(form, x, chosen=chosen)
+    )  # type: ignore[return-value]  as compute does
 
 
 def again(form: Scores, x: Inputs) -> replay.Call | None:
-    """What `run` launched for q, k and v like those of x, once it is known."""
-    if MISSING or form.normaliser == "entmax":
+    """What `run` launched for q, k, v and operands like those of x, once it is known."""
+    if MISSING or form.normaliser in LEVELLED:
         return None
-    return replay.known(replay.key_of(form, x, (x.q, x.k, x.v)))
+    return replay.known(replay.key_of(form, x, (x.q, x.k, x.v, *x.operands.values())))
 
 
 def gradients(
@@ -80,14 +92,17 @@ def gradients(
     needed: tuple[bool, bool, bool] = (True, True, True), chosen: Chosen | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv of what `run` gave; None for those that are not needed."""
-    if form.normaliser == "entmax":
-        return entmax.gradients(form, x, lse, do, needed)
+    if form.normaliser in LEVELLED:
+        return LEVELLED[form.normaliser].gradients(form, x, lse, do, needed)
+    if isinstance(chosen, rounds.Rounds):
+        return rounds.gradients(form, x, o, lse, do, dlse, needed, chosen)
     common = None if form.normaliser == "none" else o
-    given = x.q, x.k, x.v, common, lse, do, dlse
+    given = x.q, x.k, x.v, common, lse, do, dlse, *x.operands.values()
     key = replay.key_of(form, x, given, needed) if chosen is None else None
     return replay.replayed(
         key,
         given,
+        form.program.tensors,
         lambda: _still(form, x),
         lambda: backward.run(form, x, common, lse, do, dlse, needed, chosen=chosen),
     )  # type: ignore[return-value]  as compute does

@@ -24,11 +24,13 @@ from manyheads.engines.triton.hopper.launching import (
     descriptor,
     dropping,
     kind_of,
+    masked,
     places,
+    run_all,
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Chosen, bits_of
+from manyheads.engines.triton.hopper.selected import Tiles, bits_of
 from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 FUNCTIONS = ("mask", "score", "dscore")
@@ -78,12 +80,12 @@ QUERIES_TILINGS = {
 }
 
 
-def keys_tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> KeysTiling:
+def keys_tiling_of(form: Scores, x: Inputs, chosen: Tiles | None = None) -> KeysTiling:
     """With a score function, a sign to keep, dropout, or bits of blocks, fewer registers are left."""
     if chosen is not None and chosen.halves:
         return HALVES_TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
     scored = form.program.has_score or form.normaliser == "signed" or x.dropout is not None
-    scored = scored or (chosen is not None and chosen.bits is not None)
+    scored = scored or bits_of(chosen)[0] is not None
     return KEYS_TILINGS[wide(max(x.q.shape[3], x.v_head_dim)), scored]
 
 
@@ -117,24 +119,36 @@ QUERIES = Kernel(
 def run(
     form: Scores, x: Inputs, o: Tensor | None, lse: Tensor, do: Tensor, dlse: Tensor | None,
     needed: tuple[bool, bool, bool] = (True, True, True),
-    keys_tiling: KeysTiling | None = None, queries_tiling: QueriesTiling | None = None, chosen: Chosen | None = None,
+    keys_tiling: KeysTiling | None = None, queries_tiling: QueriesTiling | None = None, chosen: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv in the dtypes of q, k and v; None for those that are not needed. o, lse: what the forward pass gave;
     chosen: as in the forward pass. do, dlse: their gradients. Where nothing divides the weights o is None, as a row's
     gradients have nothing in common."""
     do = do if do.stride(3) == 1 else do.contiguous()
     with torch.cuda.device_of(x.q):
-        call = _Call(form, x, do, *prepared(o, lse, do, dlse), chosen)
+        top, delta = prepared(o, lse, do, dlse)
+    return products(form, x, do, top, delta, needed, keys_tiling, queries_tiling, chosen)
+
+
+def products(
+    form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor, needed: tuple[bool, bool, bool],
+    keys_tiling: KeysTiling | None = None, queries_tiling: QueriesTiling | None = None, chosen: Tiles | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The same from what `prepared` gave. do: its rows' numbers lie side by side."""
+    with torch.cuda.device_of(x.q):
+        call = _Call(form, x, do, top, delta, chosen)
         dq = _queries(call, queries_tiling or queries_tiling_of(x)) if needed[0] else None
         dk, dv = _keys(call, keys_tiling or keys_tiling_of(form, x, chosen), needed[1], needed[2])
+        run_all(call.launches)
     return dq, dk, dv
 
 
 class _Call:
-    """What both kernels take."""
+    """What both kernels take, and what is to be launched, which waits for the last of it."""
 
-    def __init__(self, form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor, chosen: Chosen | None):
+    def __init__(self, form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor, chosen: Tiles | None):
         self.chosen, self.form, self.x, self.do, self.top, self.delta = chosen, form, x, do, top, delta
+        self.launches: list[Any] = []
         self.operands = position_operands(form, x)
         plain = not (form.program.has_mask or form.program.has_score or x.ragged)
         self.source = None if plain else source_of(form, x, FUNCTIONS)
@@ -154,7 +168,8 @@ class _Call:
     def kinds(self, table: Table | None, sticks_out: bool) -> tuple[Any, ...]:
         """What the compiler must know: the kind of table, and whether there are tiles to mask."""
         kind = EVERY if table is None else table.kind
-        return kind, table is not None or sticks_out, self.at[0] is not None, NORMALISERS[self.form.normaliser]
+        found = masked(table, sticks_out, self.at[0], self.chosen)
+        return kind, found, self.at[0] is not None, NORMALISERS[self.form.normaliser]
 
 
 def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -171,7 +186,7 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
                 *call.steps(table, parts * tiles), *call.numbers, call.bits, q_stages, do_stages,
                 *call.kinds(table, x.q_len % queries != 0), *which, late, halves, *call.block_sizes,
             )  # fmt: skip
-            KEYS.run(x.batch * x.kv_heads * tiles, own, call.source, call.arguments)
+            call.launches.append((KEYS, x.batch * x.kv_heads * tiles, own, call.source, call.arguments))
     return dk if needs_dk else None, dv if needs_dv else None
 
 
@@ -184,7 +199,7 @@ def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
         descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers,
         call.bits, k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
     )  # fmt: skip
-    QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
+    call.launches.append((QUERIES, x.batch * x.heads * tiles, own, call.source, call.arguments))
     return dq
 
 

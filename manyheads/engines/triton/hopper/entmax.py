@@ -21,8 +21,6 @@ from torch import Tensor
 
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
-from manyheads.core.tiling import position_operands
-from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper import backward, forward
 from manyheads.engines.triton.hopper.given_levels import (
     ENTROPIES,
@@ -37,57 +35,40 @@ from manyheads.engines.triton.hopper.given_levels import (
     slopes,
     weights,
 )
-from manyheads.engines.triton.hopper.kernels import levels
-from manyheads.engines.triton.hopper.launching import SIZES, STEPS, Kernel, descriptor, places, source_of
-from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of, table_of
+from manyheads.engines.triton.hopper.looks import find, first_of, with_rows
+from manyheads.engines.triton.hopper.looks import why_not as why_no_looks
 
-ENOUGH = 2.0**-14  # as in kernels/levels.py
-LEVELS = Kernel(
-    levels, "levels",
-    (
-        "q_desc", "k_desc", "level", "ahead", "powers", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
-        "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr", "POSITIONS: tl.constexpr",
-        "FIRST: tl.constexpr", "POWER: tl.constexpr",
-    ),
-    (*STEPS, *SIZES), ("mask", "score"),
-)  # fmt: skip
+ENOUGH = 2.0**-14  # as in kernels/newton.py
 
 
 def why_not(form: Scores, x: Inputs) -> str | None:
-    if isinstance(x.q_positions, Tensor):
-        return "the Hopper kernels find levels of entmax for consecutive queries, not for positions in a tensor"
     if not isinstance(form.alpha, str) and not 1 + LEAST <= (form.alpha or 0) <= 2:
         return f"the Hopper kernels take entmax with an alpha from {1 + LEAST:g} to 2, not {form.alpha}"
-    read = *form.program.tensors, *(x.operands[name] for name in form.program.operand_names)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in read):
-        return "the Hopper kernels give no gradients to what the scores of entmax read"
-    if form.program.tensors and torch.compiler.is_compiling():  # a graph brings its own, the functions keep theirs
-        return "under torch.compile the Hopper kernels take no entmax whose scores or masks captured tensors"
-    return None
+    return why_no_looks(form, x)
 
 
 def run(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
     """o and tau, float32 [batch, heads, q_len]."""
     tau = levels_of(form, x)
-    return _forward(form, weights, _with(x, {TAU: tau}))[0], tau
+    return _forward(form, weights, with_rows(x, {TAU: tau}))[0], tau
 
 
 def gradients(
     form: Scores, x: Inputs, tau: Tensor, do: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv; None for those that are not needed."""
-    y = _with(x, {TAU: tau})
+    y = with_rows(x, {TAU: tau})
     mean, _ = _forward(form, slopes, y)
-    return backward.run(given_levels(form, weights, _first(x)), y, mean, tau, do, None, needed)
+    return backward.run(given_levels(form, weights, first_of(x)), y, mean, tau, do, None, needed)
 
 
 def alpha_gradient(form: Scores, x: Inputs, tau: Tensor, do: Tensor) -> Tensor:
     """Of an alpha that is an operand, float32 [heads]. Correia, Niculae, Martins. "Adaptively Sparse Transformers."
     2019. arXiv:1909.00015."""
     assert isinstance(form.alpha, str)
-    y = _with(x, {TAU: tau})
+    y = with_rows(x, {TAU: tau})
     sums = {SLOPES: _forward(form, slopes, y)[1], ENTROPIES: _forward(form, entropies, y)[1]}
-    change, _ = _forward(form, by_alpha, _with(y, sums))
+    change, _ = _forward(form, by_alpha, with_rows(y, sums))
     found = torch.linalg.vecdot(change.float(), do.float()).sum((0, 2))
     return torch.where(x.operands[form.alpha] - 1 > LEAST, found, 0.0)
 
@@ -95,28 +76,10 @@ def alpha_gradient(form: Scores, x: Inputs, tau: Tensor, do: Tensor) -> Tensor:
 def levels_of(form: Scores, x: Inputs) -> Tensor:
     """tau, float32 [batch, heads, q_len]; inf for queries that see no key."""
     tau = torch.full(x.q.shape[:3], math.inf, dtype=torch.float32, device=x.q.device)
-    if not (x.q.numel() and x.k.numel()):
-        return tau
-    product = scaled(form)
-    keys, stages, _ = forward.tiling_of(product, x)
-    operands = position_operands(product, x)
-    source = source_of(product, x, ("mask", "score"))
-    arguments = source.arguments(x.q.device, **operands)
-    table = table_of(product.program, x, (forward.QUERIES, keys), operands)
-    kind, values = table or Table(EVERY, tau)
-    shape = x.batch, x.heads, cdiv(x.q_len, forward.QUERIES)
-    ahead = torch.empty(math.prod(shape), 2, dtype=torch.int32, device=x.q.device)
-    at, starts, steps = places((x.q_positions, x.kv_positions), x.q_len, x.kv_len, x.q.device)
-    power = power_of(form).known
-    powers = None if power else 1 / _above(form, x)
-    own = (
-        descriptor(x.q, forward.QUERIES // 2), descriptor(x.k, keys), tau, ahead, powers, *at, values,
-        *steps_of(table, shape), x.heads, x.heads // x.kv_heads, x.q_len, x.kv_len, *starts, *steps, float(x.scale),
-        stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
-    )  # fmt: skip
-    with torch.cuda.device_of(x.q):
-        for look in range(1 + steps_to_levels(form.alpha, x.kv_len)):
-            LEVELS.run(math.prod(shape), (*own, look == 0, power), source, arguments)
+    if x.q.numel() and x.k.numel():
+        power = power_of(form).known
+        powers = None if power else 1 / _above(form, x)
+        find(scaled(form), x, 1 + steps_to_levels(form.alpha, x.kv_len), tau, powers=powers, power=power)
     return tau
 
 
@@ -139,13 +102,4 @@ def _above(form: Scores, x: Inputs) -> Tensor:
 
 
 def _forward(form: Scores, what: Callable[..., Any], x: Inputs) -> tuple[Tensor, Tensor]:
-    return forward.run(given_levels(form, what, _first(x)), x)
-
-
-def _first(x: Inputs) -> int:
-    assert not isinstance(x.q_positions, Tensor), "why_not said so"
-    return x.q_positions.start
-
-
-def _with(x: Inputs, rows: dict[str, Tensor]) -> Inputs:
-    return x.with_(operands={**x.operands, **rows})
+    return forward.run(given_levels(form, what, first_of(x)), x)

@@ -25,11 +25,12 @@ from manyheads.engines.triton.hopper.launching import (
     Kernel,
     descriptor,
     dropping,
+    masked,
     places,
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Chosen, bits_of
+from manyheads.engines.triton.hopper.selected import Tiles, bits_of
 from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 QUERIES = 128  # in a tile: two warp groups of 64
@@ -50,7 +51,7 @@ HALVES = Tiling(64, 4, deep=True)  # where blocks of keys are no multiples of 12
 LONG = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "erf"}
 
 
-def tiling_of(form: Scores, x: Inputs, chosen: Chosen | None = None) -> Tiling:
+def tiling_of(form: Scores, x: Inputs, chosen: Tiles | None = None) -> Tiling:
     found = tiling_for(form, wide(max(x.q.shape[3], x.v_head_dim)))
     return HALVES if chosen is not None and chosen.halves and found.keys > HALVES.keys else found
 
@@ -71,7 +72,7 @@ ATTEND = Kernel(
 )  # fmt: skip
 
 
-def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | None = None) -> tuple[Tensor, Tensor]:
+def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """o [batch, heads, q_len, v_head_dim] in q's dtype and the natural lse in float32, without gradients. chosen: the
     blocks that the mask is about, if not all."""
     batch, heads, q_len, _ = x.q.shape
@@ -87,7 +88,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
     q, scale = x.q, float(x.scale)
     if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    kind, values = table or Table(EVERY, lse)
+    kind, values, _ = table or Table(EVERY, lse)
     bits, *sizes = bits_of(chosen)
     shape = batch, heads, cdiv(q_len, QUERIES)
     at, starts, steps = places((x.q_positions, x.kv_positions), q_len, x.kv_len, q.device)
@@ -95,7 +96,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Chosen | 
         descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        *dropping(x), bits, stages, kind, table is not None or x.kv_len % keys != 0, at[0] is not None,
+        *dropping(x), bits, stages, kind, masked(table, x.kv_len % keys != 0, at[0], chosen), at[0] is not None,
         NORMALISERS[form.normaliser], deep, *sizes,
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)

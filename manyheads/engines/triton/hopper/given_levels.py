@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
-from inspect import Parameter, Signature, signature
 from typing import Any, NamedTuple
 
 import torch
 
-from manyheads.core.forms import Operand, Scores
+from manyheads.core.forms import Scores
+from manyheads.engines.triton.hopper.rescored import of_queries, own_score, with_score
 
 LEAST = 2.0**-12  # of above: below it the power loses more of float32 than entmax differs from softmax
 TAU, SLOPES, ENTROPIES = "entmax_levels", "entmax_slopes", "entmax_entropies"  # operands, a number for each query
@@ -79,8 +78,7 @@ DIVIDED = slopes, entropies
 @lru_cache(maxsize=256)
 def scaled(form: Scores) -> Scores:
     """Its scores times above, for the levels."""
-    function, names = _scaled(form)
-    return replace(form, score=_reading(function, names), normaliser="softmax", alpha=None)
+    return with_score(form, *_scaled(form))
 
 
 @lru_cache(maxsize=256)  # a step of decoding has a first position of its own, the same in all layers
@@ -92,20 +90,16 @@ def given_levels(form: Scores, what: Callable[..., Any], first: int) -> Scores:
         tau, *others = (given[name][b, h, i - first] for name in rows)
         return what(power, change(s, b, h, i, j, **given) - tau, above(h, given), *others)
 
-    operands = {**form.operands, **{name: Operand("batch heads 0") for name in rows}}  # 0: as many as queries
-    own, normaliser = _reading(score, (*names, *rows)), "softmax" if what in DIVIDED else "none"
-    return replace(form, score=own, normaliser=normaliser, alpha=None, operands=operands)
+    normaliser = "softmax" if what in DIVIDED else "none"
+    return with_score(form, score, (*names, *rows), normaliser=normaliser, operands=of_queries(form, rows))
 
 
 def _scaled(form: Scores) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """The score function times above, and the operands that it reads."""
-    inner, above = form.score, _above(form)
-    taken = signature(inner).parameters if inner is not None else ()
-    read = tuple(name for name in form.operands if name in taken)
+    (own, read), above = own_score(form), _above(form)
 
     def change(s, b, h, i, j, **given):
-        own = {name: given[name] for name in read}
-        return above(h, given) * (s if inner is None else inner(s, b, h, i, j, **own))
+        return above(h, given) * own(s, b, h, i, j, given)
 
     return change, (*read, form.alpha) if isinstance(form.alpha, str) else read
 
@@ -116,11 +110,3 @@ def _above(form: Scores) -> Callable[..., Any]:
         return lambda h, given: torch.clamp(given[alpha][h] - 1, min=LEAST)
     number = (alpha or 2) - 1
     return lambda h, given: number
-
-
-def _reading(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    """The function, declared to read these operands."""
-    parameters = [Parameter(letter, Parameter.POSITIONAL_ONLY) for letter in "sbhij"]
-    parameters += [Parameter(name, Parameter.KEYWORD_ONLY) for name in names]
-    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  inspect looks there first
-    return function

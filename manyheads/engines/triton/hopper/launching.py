@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -37,11 +38,16 @@ class Kernel:
     functions: tuple[str, ...]
 
     def run(self, programs: int, own: tuple[Any, ...], source: Source | None, arguments: tuple[Any, ...]) -> None:
+        entry, given = self.given(own, source, arguments)
+        quick.launch(entry, programs, given, **OPTIONS)
+
+    def given(
+        self, own: tuple[Any, ...], source: Source | None, arguments: tuple[Any, ...]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """What is launched, and what with."""
         if source is None:
-            given = *own, None, *(None for _ in self.functions)
-            quick.launch(getattr(self.module, self.name), programs, given, num_warps=4, enable_fp_fusion=True)
-        else:
-            quick.launch(self.entry(source), programs, (*own, *arguments), num_warps=4, enable_fp_fusion=True)
+            return getattr(self.module, self.name), (*own, None, *(None for _ in self.functions))
+        return self.entry(source), (*own, *arguments)
 
     def entry(self, source: Source) -> Any:
         key = self.name, source.text
@@ -51,6 +57,14 @@ class Kernel:
         return _ENTRIES[key]
 
 
+def run_all(calls: Sequence[tuple[Any, ...]]) -> None:
+    """Runs kernels, each with what Kernel.run takes behind it, of which none needs what another one gives."""
+    quick.compile_together([kernel.given(*rest) for kernel, _, *rest in calls], **OPTIONS)
+    for kernel, *rest in calls:
+        kernel.run(*rest)
+
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _ENTRIES: dict[tuple[str, str], Any] = {}  # by kernel and text
 SIZES = ("heads", "group", "q_len", "kv_len", "q_start", "kv_start", "q_at_step", "kv_at_step")
 STEPS = ("table_batch", "table_head", "table_row")
@@ -59,9 +73,14 @@ BLOCK_SIZES = ("QUERY_BLOCK: tl.constexpr", "KEY_BLOCK: tl.constexpr")
 
 
 def source_of(form: Scores, x: Inputs, functions: tuple[str, ...]) -> Source:
-    """Texts differ with the length: not more often than need be. Tensors of positions hold what is not known here."""
+    return form.program.source("gluon", functions, length_of(x))
+
+
+def length_of(x: Inputs) -> int:
+    """Positions are below it. Texts differ with the length: not more often than need be. Tensors of positions hold what
+    is not known here."""
     ends = [2**30 if isinstance(p, Tensor) else p.stop for p in (x.q_positions, x.kv_positions)]
-    return form.program.source("gluon", functions, length=max(2**20, 1 << (max(ends) - 1).bit_length()))
+    return max(2**20, 1 << (max(ends) - 1).bit_length())
 
 
 def places(
@@ -73,6 +92,14 @@ def places(
         return (None, None), (q.start, kv.start), (0, 0)
     q, kv = (as_rows(p, device).to(device, torch.int32).contiguous() for p in positions)
     return (q, kv), (0, 0), tuple(t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))  # type: ignore[return-value]
+
+
+def masked(table: Any, sticks_out: bool, at: Tensor | None, chosen: Any = None) -> int:
+    """MASKED, as in kernels/common.py. table: of tiles, sticks_out: the last of them, at: positions, if not ranges,
+    chosen: as in the forward pass."""
+    if table is not None and not table.partial:
+        return 2 if sticks_out else 0
+    return 2 if sticks_out or at is not None or chosen is not None else int(table is not None)
 
 
 def dropping(x: Inputs) -> tuple[Tensor | None, int | None, float | None]:

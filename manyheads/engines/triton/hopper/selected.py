@@ -10,6 +10,7 @@ tables = chosen_of(form, x, choose(form, x)); tables.table_of(form.scores.progra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from manyheads.core.inputs import Inputs
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import listing, uniting
+from manyheads.engines.triton.hopper.launching import NORMALISERS
 from manyheads.engines.triton.hopper.tables import JUMPS, LISTS, Table, tiles_of
 from manyheads.engines.triton.lists import Kept, key_of
 
@@ -34,8 +36,8 @@ MARKED = 1024  # entries that a program marks
 
 def why_not(form: Selection, x: Inputs) -> str | None:
     """Why there are no tables without a map of blocks."""
-    if form.scores.normaliser == "entmax":
-        return "entmax has no lists"
+    if form.scores.normaliser not in NORMALISERS:
+        return f"{form.scores.normaliser} has no lists"
     if form.key_block % KEYS and form.key_block not in PARTS:
         return f"lists take {', '.join(map(str, PARTS))} and multiples of {KEYS} for key_block, not {form.key_block}"
     if isinstance(x.q_positions, Tensor) or isinstance(x.kv_positions, Tensor):
@@ -47,6 +49,19 @@ def why_not(form: Selection, x: Inputs) -> str | None:
     if torch.is_grad_enabled() and program.has_score and any(t.requires_grad for t in read):
         return "gradients of what the score reads come from kernels that take masks"
     return None
+
+
+class Tiles(Protocol):
+    """What forward.run and backward.run take for the tiles that a selection visits."""
+
+    @property
+    def halves(self) -> bool:
+        """Whether 128 keys have lists of 64."""
+        ...
+
+    def table_of(
+        self, program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor], turned: bool = False
+    ) -> Table: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +143,9 @@ def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
     return Chosen(blocks, form.query_block, form.key_block, bits)
 
 
-def bits_of(chosen: Chosen | None) -> tuple[Tensor | None, int, int]:
+def bits_of(chosen: Tiles | None) -> tuple[Tensor | None, int, int]:
     """The bits and the sizes of blocks, as kernels take them; 0 where all pairs of a listed tile are listed."""
-    if chosen is None or chosen.bits is None:
+    if not isinstance(chosen, Chosen) or chosen.bits is None:
         return None, 0, 0
     return chosen.bits, chosen.query_block, chosen.key_block
 

@@ -1,6 +1,8 @@
 """Which tiles of keys a tile of queries needs, or the other way round, as a table on the device. No mask is ever built.
 
-table = lists(program.tiles(..., tile=(128, keys)), kv_len, keys) or ranges(...); None stands for all tiles
+    table = table_of(program, x, (128, keys), operands)     # None stands for all tiles
+
+Where all that a mask reads is known here, the map of tiles is made on the CPU, and kept; else by kernels, see maps.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from manyheads.core.expressions import EMPTY, FULL, Program
 from manyheads.core.inputs import Inputs, as_range
 from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.hopper import maps
 from manyheads.engines.triton.lists import Kept, key_of
 
 MANY = 2**20  # tiles, which take a CPU a second
@@ -21,21 +24,22 @@ EVERY, RANGES, LISTS, JUMPS = 0, 1, 2, 3  # kinds of tables, as in kernels/commo
 
 class Table(NamedTuple):
     """values: int32 [batch | 1, heads | 1, rows of tiles, n], see `ranges` and `lists`; for JUMPS flat, with a number
-    for each row of tiles in front."""
+    for each row of tiles in front. partial: there may be tiles that the mask must look at, beside
+    those that stick out."""
 
     kind: int
     values: Tensor
+    partial: bool = True
 
     def to(self, device: torch.device) -> Table:
-        return Table(self.kind, self.values.to(device, non_blocking=True))
+        return self._replace(values=self.values.to(device, non_blocking=True))
 
 
 def ranges(tiles: Tensor, length: int, size: int) -> Table:
     """From a map of tiles [batch | 1, heads | 1, rows, columns]: lo, hi, f0, f1 for each row of tiles.
 
     length, size: of what columns are tiles of, in all and in one tile. The tiles lo to hi - 1 hold all that are needed;
-    the longest run of full ones is f0 to f1 - 1, and the mask looks at all others, empty ones among them. Computed
-    where the map lies, without waiting for it.
+    the longest run of full ones is f0 to f1 - 1, and the mask looks at all others, empty ones among them.
     """
     needed, full = _needed(tiles, length, size)
     at = torch.arange(tiles.shape[-1], device=tiles.device)
@@ -47,7 +51,7 @@ def ranges(tiles: Tensor, length: int, size: int) -> Table:
 
 def lists(tiles: Tensor, length: int, size: int) -> Table:
     """From a map of tiles: for each row of tiles the number of those it needs, then 2 * tile + (0 if it is full) for
-    each of them in ascending order, then 1s. Computed where the map lies, without waiting for it."""
+    each of them in ascending order, then 1s."""
     needed, full = _needed(tiles, length, size)
     at = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
     far = 2 * tiles.shape[-1] + 2
@@ -57,13 +61,11 @@ def lists(tiles: Tensor, length: int, size: int) -> Table:
 
 
 def table(tiles: Tensor, length: int, size: int) -> Table:
-    """Ranges where the needed tiles of every row are one run, else lists. A map on a GPU is not waited for: lists."""
-    if tiles.device.type == "cpu":
-        found = ranges(tiles, length, size)
-        lo, hi = found.values[..., 0], found.values[..., 1]
-        if int((hi - lo).sum()) == int((tiles != EMPTY).sum()):
-            return found
-    return lists(tiles, length, size)
+    """Ranges where the needed tiles of every row are one run, else lists."""
+    found = ranges(tiles, length, size)
+    lo, hi = found.values[..., 0], found.values[..., 1]
+    one_run = int((hi - lo).sum()) == int((tiles != EMPTY).sum())
+    return found if one_run else lists(tiles, length, size)
 
 
 def _needed(tiles: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +88,10 @@ def table_of(
 
     def make() -> Table:
         tiles = tiles_of(program, x, tile, operands)
-        found = table(tiles.mT.contiguous(), x.q_len, tile[0]) if turned else table(tiles, x.kv_len, tile[1])
-        return found.to(x.q.device)
+        length, size = (x.q_len, tile[0]) if turned else (x.kv_len, tile[1])
+        if tiles.device.type == "cuda":  # which is not waited for
+            return Table(LISTS, maps.lists_of(tiles, length // size if length % size else -1, turned))
+        return table(tiles.mT.contiguous() if turned else tiles, length, size).to(x.q.device)
 
     positions = x.q_positions, x.kv_positions
     key = key_of(program, positions, x.batch, x.heads, operands, tile, turned, x.q.device)
@@ -95,14 +99,23 @@ def table_of(
 
 
 def tiles_of(program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor]) -> Tensor:
-    """The map of tiles of a call. It is made on the GPU if something that the mask reads lies there, which is not
-    fetched and not waited for, or if there are many tiles; else on the CPU."""
+    """The map of tiles of a call: made on the GPU if something that the mask reads lies there, or if there are many
+    tiles; else on the CPU."""
+    if x.q.device.type == "cuda" and (_many(program, x, tile) or _reads_there(program, x, operands)):
+        return maps.map_of(program, x, tile, operands)
     at = as_range(x.q_positions), as_range(x.kv_positions)
+    return program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=torch.device("cpu"), **operands)
+
+
+def _many(program: Program, x: Inputs, tile: tuple[int, int]) -> bool:
     depends = program.mask_depends
     heads = (x.batch if "b" in depends else 1) * (x.heads if "h" in depends else 1)
-    many = heads * cdiv(x.q_len, tile[0]) * cdiv(x.kv_len, tile[1]) > MANY
-    device = x.q.device if many or any(t.device == x.q.device for t in program.tensors) else None
-    return program.tiles(*at, tile=tile, batch=x.batch, heads=x.heads, device=device, **operands)
+    return heads * cdiv(x.q_len, tile[0]) * cdiv(x.kv_len, tile[1]) > MANY
+
+
+def _reads_there(program: Program, x: Inputs, operands: dict[str, Tensor]) -> bool:
+    read = *(program.table(source, operands) for source in program.mask_reads), x.q_positions, x.kv_positions
+    return any(isinstance(t, Tensor) and t.device == x.q.device for t in read)
 
 
 def steps_of(table: Table | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:

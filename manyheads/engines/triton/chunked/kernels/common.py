@@ -1,6 +1,6 @@
 """What the kernels share. A chunk of C tokens begins at row `first`; G holds the sums of log decays in it, in base two.
 
-G is [C, 1] where all channels of the keys decay alike, and else [C, channels].
+G is [C] where all channels of the keys decay alike, and else [C, channels].
 Only differences of these sums are exponentiated, and none of them is above 0. Columns are padded to powers of two.
 """
 
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FORGOTTEN = tl.constexpr(-64.0)  # bits of a state of which float32 shows nothing behind any later one
+FORGOTTEN = tl.constexpr(-64.0)  # log2 of what is as nothing beside anything of like size, in float32
+SEEN = tl.constexpr(256)  # chunks before an end of which it is asked whether they are remembered
 LENGTHS = ["kv_len", "ahead", "heads", "segments", "per", "g_b", "g_h", "w_b", "w_h", "w_n"]  # compile nothing anew
 
 
@@ -34,17 +35,34 @@ def add_dot(a, b, c, SIMULATED: tl.constexpr):
 
 
 @triton.jit
+def inside(rows, length):
+    """0 <= rows < length, in one comparison: without a sign, what is below 0 is large."""
+    return rows.to(tl.uint32) < length.to(tl.uint32)
+
+
+@triton.jit
 def load(at, step, first, length, columns, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `first` to first + C - 1 of a tensor [length, WIDTH]; zeros outside of it."""
+    """Rows `first` to first + C - 1 of a tensor [length, WIDTH]; zeros outside of it. No length: all are inside."""
     rows = tl.arange(0, C)
-    there = ((rows >= -first) & (rows < length - first))[:, None] & (columns < WIDTH)[None, :]
+    there = (columns < WIDTH)[None, :]
+    if length is not None:
+        there = there & inside(first + rows, length)[:, None]
     return tl.load(at + first.to(tl.int64) * step + rows[:, None] * step + columns[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def square(at, first, C: tl.constexpr):
+    """Rows `first` to first + C - 1 of a tensor whose rows are C wide."""
+    tokens = tl.arange(0, C)
+    return tl.load(at + first.to(tl.int64) * C + tokens[:, None] * C + tokens[None, :])
 
 
 @triton.jit
 def store(at, step, first, length, columns, value, C: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.arange(0, C)
-    there = ((rows >= -first) & (rows < length - first))[:, None] & (columns < WIDTH)[None, :]
+    there = (columns < WIDTH)[None, :]
+    if length is not None:
+        there = there & inside(first + rows, length)[:, None]
     at = at + first.to(tl.int64) * step + rows[:, None] * step + columns[None, :]
     tl.store(at, value.to(at.dtype.element_ty), mask=there)
 
@@ -64,18 +82,15 @@ def store_state(at, rows, columns, value, D: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def decays(G, step, first, length, C: tl.constexpr):
-    """G [C, 1] from a log decay for each token; without any, zeros."""
-    if G is None:
-        return tl.zeros([C, 1], tl.float32)
-    else:
-        rows = tl.arange(0, C)
-        g = tl.load(G + (first + rows).to(tl.int64) * step, mask=rows < length - first, other=0.0)
-        return tl.cumsum(g.to(tl.float32) * LOG2E, 0)[:, None]
+    """G [C] from a log decay for each token."""
+    rows = tl.arange(0, C)
+    g = tl.load(G + (first + rows).to(tl.int64) * step, mask=rows < length - first, other=0.0)
+    return tl.cumsum(g.to(tl.float32) * LOG2E, 0)
 
 
 @triton.jit
 def end_of(G, C: tl.constexpr):
-    """The last row, [1, 1 | channels]."""
+    """The last row, [1, channels]."""
     rows = tl.arange(0, C)
     return tl.sum(tl.where((rows == C - 1)[:, None], G, 0.0), 0, keep_dims=True)
 
@@ -84,23 +99,23 @@ def end_of(G, C: tl.constexpr):
 def between(G, C: tl.constexpr):
     """exp2(G_i - G_j) where j <= i, and 0 elsewhere, [C, C]."""
     rows = tl.arange(0, C)
-    return tl.math.exp2(tl.where(rows[:, None] >= rows[None, :], G - tl.trans(G), float("-inf")))
+    return tl.math.exp2(tl.where(rows[:, None] >= rows[None, :], G[:, None] - G[None, :], float("-inf")))
 
 
 @triton.jit
 def between_transposed(G, C: tl.constexpr):
     """exp2(G_j - G_i) where i <= j, and 0 elsewhere."""
     rows = tl.arange(0, C)
-    return tl.math.exp2(tl.where(rows[:, None] <= rows[None, :], tl.trans(G) - G, float("-inf")))
+    return tl.math.exp2(tl.where(rows[:, None] <= rows[None, :], G[None, :] - G[:, None], float("-inf")))
 
 
 @triton.jit
-def sums(G, step, first, length, columns, C: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """G of a chunk; of single channels `prepare` has left it behind."""
-    if CHANNELS:
-        return load(G, D, first, first + C, columns, C, D)
+def sums(G, C: tl.constexpr):
+    """G [C] and its end; zeros without any."""
+    if G is None:
+        return tl.zeros([C], tl.float32), 0.0
     else:
-        return decays(G, step, first, length, C)
+        return tl.load(G + tl.arange(0, C)), tl.load(G + C - 1)
 
 
 @triton.jit
@@ -111,32 +126,11 @@ def fade_of(g, size, beta):
 
 
 @triton.jit
-def remembered_from(
-    G, FADES, step, begin, stop, chunks, length, C: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
-    CHANNELS: tl.constexpr, BACKWARDS: tl.constexpr,
-):  # fmt: skip
+def remembered_from(FADES, chunks, begin, stop, BACKWARDS: tl.constexpr):
     """Where a walk from `begin` to `stop` may as well begin at zero, as before that all is forgotten when it ends; and
-    whether there is such a place. G: of one row; of single channels its sums over each chunk. FADES: by `fade_of`,
-    where writes correct."""
-    n = stop
-    first = chunks - 1 if BACKWARDS else 0
-    way = -1 if BACKWARDS else 1
-    if FADES is None and CHANNELS:
-        channels = tl.arange(0, PD)
-        fades = tl.where(channels < D, 0.0, float("-inf"))
-        while (n > begin) & (tl.max(fades, 0) > FORGOTTEN):
-            n -= 1
-            fades += tl.load(G + (first + way * n) * D + channels, mask=channels < D, other=0.0)
-        left = tl.max(fades, 0)
-    else:
-        left = 0.0
-        while (n > begin) & (left > FORGOTTEN):
-            n -= 1
-            c = first + way * n
-            if FADES is not None:
-                left += tl.load(FADES + c)
-            else:
-                at = c * C + tl.arange(0, C)
-                g = tl.load(G + at.to(tl.int64) * step, mask=at < length, other=0.0)
-                left += tl.sum(g.to(tl.float32) * LOG2E, 0)
-    return n, left <= FORGOTTEN
+    whether there is such a place. FADES: of one row, bounds of how much longer, in bits, chunks make a state."""
+    at = stop - 1 - tl.arange(0, SEEN)
+    there = at >= begin
+    fades = tl.load(FADES + (chunks - 1 - at if BACKWARDS else at), mask=there, other=0.0)
+    gone = there & (tl.cumsum(fades, 0) < FORGOTTEN)
+    return tl.max(tl.where(gone, at, begin), 0), tl.max(gone.to(tl.int32), 0) > 0

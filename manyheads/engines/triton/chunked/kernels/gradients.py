@@ -4,7 +4,6 @@ With F_ij = e^(G_i - G_j), dA = scale dO u^T where j <= i, and where writes corr
 
     dq = scale e^G (dO S^T) + (dA F) k
     dk = e^(G_end - G) (u D^T) - e^G (beta z S^T) + (dA F)^T q + (dB F) k + (dB F)^T k
-    dv = scale A^T dO + (k e^(G_end - G)) D,    or beta z
     dbeta_i = z_i.v_i - (k_i e^(G_i)).(z_i S^T) - sum_j (z u^T)_ij B_ij
     dG: e^G counts with a plus, e^-G with a minus, and e^(G_end) for the last token; dg_t = sum over i >= t of dG_i
 
@@ -21,6 +20,7 @@ import triton.language as tl
 from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
     add_dot,
+    between,
     between_transposed,
     dot,
     end_of,
@@ -33,10 +33,10 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def gradients(
-    Q, K, V, G, BETA, A, B, U, Z, DO, STATES, D_STATES, DQ, DK, DV_, DG, DBETA, DA, DB, q_b, q_h, q_n, k_b, k_h, k_n,
-    v_b, v_h, v_n, do_b, do_h, do_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, ahead, heads, group, scale,
-    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
-    UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    Q, K, V, G, BETA, B, U, Z, DO, STATES, D_STATES, DQ, DK, DG, DBETA, DA, DB, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
+    v_h, v_n, do_b, do_h, do_n, kv_len, ahead, heads, group, scale, D: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr,
+    SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """Results have a row for each head of the queries, one after the other. U and Z are absent where nothing is
     corrected. With CHANNELS dq, dk and dG are float32 and not yet whole; DA and DB, beside them, are for `inner`."""
@@ -48,32 +48,18 @@ def gradients(
     q_first, q_len = first - ahead, kv_len - ahead
     rows, tokens = tl.arange(0, PD), tl.arange(0, C)
     at = first + tokens
-    place = (wide * chunks + c) * C * C + tokens[:, None] * C + tokens[None, :]
+    chunk = wide * chunks + c
+    place = chunk * C * C + tokens[:, None] * C + tokens[None, :]
     K += (b * k_b + kv_h * k_h) * UNIT
     V += (b * v_b + kv_h * v_h) * UNIT
     Q += (b * q_b + h * q_h) * UNIT
     DO += (b * do_b + h * do_h) * UNIT
-    if CHANNELS:
-        G += wide * chunks * (C * D)
-    elif G is not None:
-        G += b * g_b + h * g_h
-    STATES += (wide * chunks + c) * (D * DV)
-    D_STATES += (wide * chunks + c) * (D * DV)
+    STATES += chunk * (D * DV)
+    D_STATES += chunk * (D * DV)
     dtype = K.dtype.element_ty
 
-    if U is None:
-        k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
-        sum_g = sums(G, g_n, first, kv_len, rows, C, D, CHANNELS)
-        fade = tl.math.exp2(end_of(sum_g, C) - sum_g)
-        if CHANNELS:
-            inner_t = (tl.trans(tl.load(A + place)).to(tl.float32) * scale).to(dtype)
-            k = (k * fade).to(dtype)
-        else:
-            q = load(Q, q_n * UNIT, q_first, q_len, rows, C, D)
-            inner_t = (dot(k, tl.trans(q), SIMULATED) * (scale * between_transposed(sum_g, C))).to(dtype)
-    else:
-        beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0)
-        beta = beta.to(tl.float32)[:, None]
+    if U is not None:
+        beta = tl.load(BETA + chunk * C + tokens)[:, None]
         zs = tl.zeros([C, PD], tl.float32)
         zu = tl.zeros([C, C], tl.float32)
         zv = tl.zeros([C], tl.float32)
@@ -84,32 +70,30 @@ def gradients(
     for tile in tl.range(0, (DV + BV - 1) // BV):
         columns = tile * BV + tl.arange(0, BV)
         do = load(DO, do_n * UNIT, q_first, q_len, columns, C, DV)
-        v = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
         s = load_state(STATES, rows, columns, D, DV)
         d = load_state(D_STATES, rows, columns, D, DV)
         dq = add_dot(do, tl.trans(s), dq, SIMULATED)
         if U is None:
-            u = v
-            dv = dot(k, d, SIMULATED)
-            if not CHANNELS:
-                dv *= fade
-            dv = add_dot(inner_t, do, dv, SIMULATED)
+            u = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
         else:
+            v = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
             u = load(U + wide * kv_len * DV, DV, first, kv_len, columns, C, DV)
             z = load(Z + wide * kv_len * DV, DV, first, kv_len, columns, C, DV)
             zs = add_dot(z, tl.trans(s), zs, SIMULATED)
             zu = add_dot(z, tl.trans(u), zu, SIMULATED)
             zv += tl.sum(z.to(tl.float32) * v.to(tl.float32), 1)
-            dv = beta * z
-        store(DV_ + wide * kv_len * DV, DV, first, kv_len, columns, dv, C, DV)
         da = add_dot(do, tl.trans(u), da, SIMULATED)
         dk = add_dot(u, tl.trans(d), dk, SIMULATED)
         common += tl.sum(s.to(tl.float32) * d.to(tl.float32), 1)
 
     k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
     q = load(Q, q_n * UNIT, q_first, q_len, rows, C, D)
-    sum_g = sums(G, g_n, first, kv_len, rows, C, D, CHANNELS)
-    end = end_of(sum_g, C)
+    if CHANNELS:
+        sum_g = tl.load(G + (chunk * C + tokens)[:, None] * D + rows[None, :], mask=(rows < D)[None, :], other=0.0)
+        end = end_of(sum_g, C)
+    else:
+        by_token, end = sums(None if G is None else G + chunk * C, C)
+        sum_g = by_token[:, None]
     rise = tl.math.exp2(sum_g)
     dq, dk = dq * (scale * rise), dk * tl.math.exp2(end - sum_g)
     within = tokens[:, None] >= tokens[None, :]
@@ -118,7 +102,7 @@ def gradients(
     if CHANNELS:
         tl.store(DA + place, tl.where(within, da * scale, 0.0).to(dtype))
     else:
-        apart = tl.math.exp2(tl.where(within, sum_g - tl.trans(sum_g), float("-inf")))
+        apart = between(by_token, C)
         da *= scale * apart
         met = tl.where(strictly, da * dot(q, tl.trans(k), SIMULATED), 0.0)
         dq = add_dot(da.to(dtype), k, dq, SIMULATED)
@@ -140,11 +124,11 @@ def gradients(
     if CHANNELS:
         last = (tokens == C - 1)[:, None]
         own += tl.where(last, tl.sum(gone, 0)[None, :] + common[None, :] * tl.math.exp2(end), 0.0)
-        tl.store(DG + ((wide * chunks + c) * C + tokens)[:, None] * D + rows[None, :], own, mask=(rows < D)[None, :])
+        tl.store(DG + (chunk * C + tokens)[:, None] * D + rows[None, :], own, mask=(rows < D)[None, :])
     else:
         if DG is not None:
             own_g = tl.sum(own, 1) + tl.sum(met, 1) - tl.sum(met, 0)
-            later = tl.sum(tl.sum(common) * tl.math.exp2(end)) + tl.sum(tl.sum(gone, 1))
+            later = tl.sum(common) * tl.math.exp2(end) + tl.sum(tl.sum(gone, 1))
             tl.store(DG + wide * kv_len + at, tl.cumsum(own_g, 0, reverse=True) + later, mask=at < kv_len)
         da_t = tl.zeros([C, C], tl.float32)
         zu_t = tl.zeros([C, C], tl.float32)
@@ -158,7 +142,7 @@ def gradients(
                 z = load(Z + wide * kv_len * DV, DV, first, kv_len, columns, C, DV)
                 zu_t = add_dot(u, tl.trans(z), zu_t, SIMULATED)
             da_t = add_dot(u, tl.trans(do), da_t, SIMULATED)
-        apart_t = between_transposed(sum_g, C)
+        apart_t = between_transposed(by_token, C)
         dk = add_dot((da_t * (scale * apart_t)).to(dtype), q, dk, SIMULATED)
         if U is not None:
             apart_t = tl.where(tokens[:, None] < tokens[None, :], -tl.trans(beta) * apart_t, 0.0)

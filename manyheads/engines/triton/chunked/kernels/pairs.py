@@ -32,8 +32,8 @@ def pairs(
     UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """One chunk. G: log decays [batch, heads, kv_len, D]; SUMS: G of the formulas, whole if KEEP. Q_IN and K_IN: q and
-    k times e^G; K_OUT: k times e^(G_end - G); rows of D numbers, one for each token of each head. ENDS: G_end. B and
-    K_IN are absent where nothing is corrected, and FADES, of `fade_of`, where nobody asks."""
+    k times e^G; K_OUT: k times e^(G_end - G); rows of D numbers, one for each token of each head. ENDS: G_end. FADES:
+    how much longer, in bits, the chunk makes a state at most. B and K_IN are absent where nothing is corrected."""
     chunks = tl.cdiv(kv_len, C)
     c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -58,7 +58,9 @@ def pairs(
     tl.store(ENDS + chunk * D + columns[None, :], end, mask=(columns < D)[None, :])
     q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, columns, C, D)
     k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
-    if FADES is not None:
+    if BETA is None:
+        tl.store(FADES + chunk, tl.max(tl.max(tl.where((columns < D)[None, :], end, float("-inf")), 1), 0))
+    else:
         at = first + tokens
         beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
         slowest = tl.max(tl.where((columns < D)[None, :], g * LOG2E, float("-inf")), 1)

@@ -30,10 +30,11 @@ def join(X, below, size: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def solve(
-    K, G, BETA, B, T, FADES, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, heads, group, D: tl.constexpr,
-    PD: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    K, G, BETA, B, T, SUMS, STRENGTHS, FADES, k_b, k_h, k_n, g_b, g_h, g_n, w_b, w_h, w_n, kv_len, heads, group,
+    D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. B, if `pairs` has left it behind; else it is computed from K and G, and FADES too, if not absent."""
+    """One chunk. B, if `pairs` has left it behind; else it is computed from K and G, and so are, if G is there, SUMS, G
+    of the formulas, and FADES. STRENGTHS: BETA in float32, of whole chunks."""
     chunks = tl.cdiv(kv_len, C)
     c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -43,19 +44,20 @@ def solve(
     strictly = tokens[:, None] > tokens[None, :]
     at = first + tokens
     beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
+    tl.store(STRENGTHS + (bh.to(tl.int64) * chunks + c) * C + tokens, beta)
     if B is None:
         K += (b * k_b + h // group * k_h) * UNIT
         k = load(K, k_n * UNIT, first, kv_len, tl.arange(0, PD), C, D)
-        if G is not None:
-            G += b * g_b + h * g_h
-        sum_g = decays(G, g_n, first, kv_len, C)
-        if FADES is not None:
-            g = tl.load(G + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32) * LOG2E
+        below = dot(k, tl.trans(k), SIMULATED)
+        if G is None:
+            below = tl.where(strictly, below, 0.0)
+        else:
+            sum_g = decays(G + b * g_b + h * g_h, g_n, first, kv_len, C)
+            tl.store(SUMS + (bh.to(tl.int64) * chunks + c) * C + tokens, sum_g)
+            g = tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32)
             size = tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
-            tl.store(FADES + bh.to(tl.int64) * chunks + c, fade_of(g, size, beta))
-        below = dot(k, tl.trans(k), SIMULATED) * tl.math.exp2(
-            tl.where(strictly, sum_g - tl.trans(sum_g), float("-inf"))
-        )
+            tl.store(FADES + bh.to(tl.int64) * chunks + c, fade_of(g * LOG2E, size, beta))
+            below *= tl.math.exp2(tl.where(strictly, sum_g[:, None] - sum_g[None, :], float("-inf")))
     else:
         # As a product, so that a warp has whole blocks of it: three times as fast.
         same = tl.where(tokens[:, None] == tokens[None, :], 1.0, 0.0).to(B.dtype.element_ty)

@@ -17,23 +17,23 @@ from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
     add_dot,
     between,
-    decays,
     dot,
-    end_of,
     load,
     load_state,
     remembered_from,
+    square,
     store,
     store_state,
+    sums,
 )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def walk(
     Q, K, K_OUT, V, G, FADES, BETA, T, A, O, U, START, END, TRANSITION, TOTALS, STATES, q_b, q_h, q_n, k_b, k_h, k_n,
-    v_b, v_h, v_n, g_b, g_h, g_n, w_b, w_h, w_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale,
-    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr,
-    UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    v_b, v_h, v_n, o_b, o_h, o_n, kv_len, ahead, heads, group, segments, per, scale, D: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr,
+    SIMULATED: tl.constexpr,
 ):  # fmt: skip
     """A segment of `per` chunks. The first query stands `ahead` tokens behind the first key. May be absent: START, the
     states at the beginning of segments, for zeros; O, U and STATES, the states before each chunk, where nobody asks.
@@ -41,9 +41,9 @@ def walk(
     Where channels decay by themselves, Q, K and K_OUT are what `pairs` made of q and k, K only if writes correct, and G
     are its ENDS.
 
-    With TOTALS, G over the whole of it, -inf where it forgets, END are the states behind each segment; without, behind
-    the last one.
-    TRANSITION: what a segment that corrects makes of a state before it, [D, D].
+    With TOTALS, G over the whole of it, END are the states behind each segment; without, behind the last one.
+    TRANSITION: what a segment that corrects makes of a state before it, [D, D]; TOTALS are then -inf where that is
+    nothing. Where FADES says that the end has forgotten a segment's beginning, that is left out.
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
     if TRANSITION is not None:
@@ -55,7 +55,7 @@ def walk(
     bh = tl.program_id(0) // tiles // segments
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     wide, kv_h = bh.to(tl.int64), h // group
-    rows, columns = tl.arange(0, PD), tile * BV + tl.arange(0, BV)
+    rows, columns, tokens = tl.arange(0, PD), tile * BV + tl.arange(0, BV), tl.arange(0, C)
     chunks = tl.cdiv(kv_len, C)
     if K is not None:
         K += (b * k_b + (h if CHANNELS else kv_h) * k_h) * UNIT
@@ -64,82 +64,77 @@ def walk(
         K_OUT += (b * k_b + h * k_h) * UNIT
         G += wide * chunks * D
     elif G is not None:
-        G += b * g_b + h * g_h
+        G += wide * chunks * C
     if O is not None:
         Q += (b * q_b + h * q_h) * UNIT
         O += (b * o_b + h * o_h) * UNIT
     if T is not None:
-        BETA += b * w_b + h * w_h
+        BETA += wide * chunks * C
         T += wide * chunks * C * C
-    if FADES is not None:
-        FADES += wide * chunks
     if A is not None:
         A += wide * chunks * C * C
     dtype = V.dtype.element_ty
 
     place = wide * segments + segment
+    begin, stop = segment * per, tl.minimum((segment + 1) * per, chunks)
     if START is None:
         S = tl.zeros([PD, BV], tl.float32)
     else:
         S = load_state(START + place * (D * DV), rows, columns, D, DV).to(tl.float32)
-    begin, stop = segment * per, tl.minimum((segment + 1) * per, chunks)
+    if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
+        S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], 1.0, 0.0)
     if TOTALS is not None:
-        total = tl.zeros([1, PD if CHANNELS else 1], tl.float32)
-        own = 1.0
-        if G is not None:
-            begin, forgotten = remembered_from(G, FADES, g_n, begin, stop, chunks, kv_len, C, D, PD, CHANNELS, False)
-            total = tl.where(forgotten, float("-inf"), total)
-            own = tl.where(forgotten, 0.0, 1.0)
-            begin = tl.where(forgotten & (tile >= TILES), stop, begin)
-        if TRANSITION is not None:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
-            S += tl.where(rows[:, None] == (columns - TILES * BV)[None, :], own, 0.0)
+        total = tl.zeros([1, PD if CHANNELS and TRANSITION is None else 1], tl.float32)
+        if FADES is not None:
+            begin, forgotten = remembered_from(FADES + wide * chunks, chunks, begin, stop, False)
+            if TRANSITION is not None:
+                begin = tl.where(forgotten & (tile >= TILES), stop, begin)
+                total += tl.where(forgotten, float("-inf"), 0.0)
+    limit = None if EVEN else kv_len
+    q_limit = None if EVEN else kv_len - ahead
     for c in tl.range(begin, stop):
         first = c * C
         if STATES is not None:
             store_state(STATES + (wide * chunks + c) * (D * DV), rows, columns, S, D, DV)
         if K is not None:
-            k = load(K, k_n * UNIT, first, kv_len, rows, C, D)
-        v = load(V, v_n * UNIT, first, kv_len, columns, C, DV)
+            k = load(K, k_n * UNIT, first, limit, rows, C, D)
+        v = load(V, v_n * UNIT, first, limit, columns, C, DV)
         if CHANNELS:
-            end = tl.load(G + c * D + rows, mask=rows < D, other=0.0)[None, :]
+            end = tl.load(G + c * D + rows, mask=rows < D, other=0.0)[:, None]
             rise = 1.0
         else:
-            sum_g = decays(G, g_n, first, kv_len, C)
-            end = end_of(sum_g, C)
-            rise = tl.math.exp2(sum_g)
+            sum_g, end = sums(None if G is None else G + first, C)
+            rise = tl.math.exp2(sum_g)[:, None]
         u = v
         if T is not None:
-            places = tl.arange(0, C)
-            at = first + places
-            beta = tl.load(BETA + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)[:, None]
+            beta = tl.load(BETA + first + tokens)[:, None]
             missing = beta * (v - dot(k, S.to(dtype), SIMULATED) * rise)
-            solve = load(T, C, first, first + C, places, C, C)
-            u = dot(solve, missing.to(dtype), SIMULATED).to(dtype)
+            u = dot(square(T, first, C), missing.to(dtype), SIMULATED)
         if U is not None:
-            store(U + wide * kv_len * DV, DV, first, kv_len, columns, u, C, DV)
+            store(U + wide * kv_len * DV, DV, first, limit, columns, u, C, DV)
         if O is not None:
-            q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, rows, C, D)
+            q = load(Q, q_n * UNIT, first - ahead, q_limit, rows, C, D)
             if A is None:
                 inner = (dot(q, tl.trans(k), SIMULATED) * between(sum_g, C)).to(dtype)
             else:
-                inner = load(A, C, first, first + C, tl.arange(0, C), C, C)
-            o = add_dot(inner, u, dot(q, S.to(dtype), SIMULATED) * rise, SIMULATED) * scale
-            store(O, o_n * UNIT, first - ahead, kv_len - ahead, columns, o, C, DV)
-        S *= tl.math.exp2(tl.trans(end))
+                inner = square(A, first, C)
+            o = add_dot(inner, u.to(dtype), dot(q, S.to(dtype), SIMULATED) * rise, SIMULATED) * scale
+            store(O, o_n * UNIT, first - ahead, q_limit, columns, o, C, DV)
+        S *= tl.math.exp2(end)
         if CHANNELS:
-            k_out = load(K_OUT, k_n * UNIT, first, kv_len, rows, C, D)
-            S = add_dot(tl.trans(k_out), u, S, SIMULATED)
+            k_out = load(K_OUT, k_n * UNIT, first, limit, rows, C, D)
+            S = add_dot(tl.trans(k_out), u.to(dtype), S, SIMULATED)
         else:
-            S = add_dot(tl.trans(k), (u * tl.math.exp2(end - sum_g)).to(dtype), S, SIMULATED)
-        if TOTALS is not None:
-            total += end
+            S = add_dot(tl.trans(k), (u * tl.math.exp2(end - sum_g)[:, None]).to(dtype), S, SIMULATED)
+        if TOTALS is not None and TRANSITION is None:
+            total += tl.trans(end) if CHANNELS else end
 
     if TOTALS is not None:
         store_state(END + place * (D * DV), rows, columns, S, D, DV)
         if TRANSITION is not None:
             store_state(TRANSITION + place * (D * D), rows, columns - TILES * BV, S, D, D)
         if tile == 0:
-            if CHANNELS:
+            if CHANNELS and TRANSITION is None:
                 tl.store(TOTALS + place * D + rows[None, :], total, mask=(rows < D)[None, :])
             else:
                 tl.store(TOTALS + place + tl.zeros([1, 1], tl.int32), total)
@@ -166,10 +161,9 @@ def carry(
         place = bh * (segments - 1) + n
         added = load_state(ADDED + place * (D * DV), rows, columns, D, DV)
         if TRANSITION is not None:
-            if tl.load(TOTALS + place * (D if CHANNELS else 1)) == float("-inf"):
-                S = added
-            else:
-                S = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
+            if tl.load(TOTALS + place) == 0.0:
+                added = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
+            S = added
         elif CHANNELS:
             S = S * tl.math.exp2(tl.load(TOTALS + place * D + rows, mask=rows < D, other=0.0))[:, None] + added
         else:

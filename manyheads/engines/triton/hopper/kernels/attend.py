@@ -128,7 +128,7 @@ def _finished(o, m, l, sink, h, NORMALISER: gl.constexpr):
 @gluon.jit
 def _consumer(
     o_desc, lse, sink, q, out, q_full, ks, vs, k_full, k_free, v_full, v_free,
-    table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
+    table, b, h, row, n, lo, f0, f1, q_len, kv_len, empty, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
     scale, seed, threshold, inflation, bits, A, KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DEEP: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
@@ -145,7 +145,7 @@ def _consumer(
     factor = LOG2E if SCORE is not None else scale * LOG2E
     lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     rows = row + lines
-    i = positions_of(q_start, q_at, q_at_step, b, rows, q_len, POSITIONS)[:, None]
+    i = positions_of(q_start, q_at, q_at_step, b, row, lines, q_len, 1, POSITIONS)
     columns = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
@@ -165,9 +165,8 @@ def _consumer(
     s_later = warpgroup_mma(q2, k, zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s_later])
     mbarrier.arrive(k_free.index(0))
-    y = tile * KEYS + columns
-    j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
-    inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
+    j = positions_of(kv_start, kv_at, kv_at_step, b, tile * KEYS, columns, kv_len, 0, POSITIONS)
+    inside = seen_of(i, j, tile * KEYS + columns, kv_start, kv_len, POSITIONS)
     inside = pairs_of(
         inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
     )
@@ -196,9 +195,8 @@ def _consumer(
         o_later = warpgroup_mma(p16, vs.index(before).reshape([KEYS, V_DIM]), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_later])
         mbarrier.arrive(k_free.index(slot))
-        y = tile * KEYS + columns
-        j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
-        inside = seen_of(i, j, (y < end)[None, :], POSITIONS)
+        j = positions_of(kv_start, kv_at, kv_at_step, b, tile * KEYS, columns, kv_len, 0, POSITIONS)
+        inside = seen_of(i, j, tile * KEYS + columns, kv_start, kv_len, POSITIONS)
         inside = pairs_of(
             inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
         )
@@ -224,6 +222,8 @@ def _consumer(
     o_later = warpgroup_mma(p16, vs.index(last).reshape([KEYS, V_DIM]), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=[o_later])
 
+    o = gl.where(empty, 0.0, o)
+    m = gl.where(empty, float("-inf"), m)
     o, own_lse = _finished(o, m, l, sink, h, NORMALISER)
     if seed is not None:
         o = o * inflation
@@ -272,8 +272,9 @@ def attend(
     if bits is not None:
         bits += head_of_all.to(gl.int64) * words_of(q_len, q_start, kv_len, QUERY_BLOCK, KEY_BLOCK)
     table, n, lo, f0, f1 = row_of(table, kv_len // KEYS, (kv_len + KEYS - 1) // KEYS, KIND)
-    # Who sees nothing takes one step over a tile that is masked as a whole.
-    end = gl.where(n > 0, kv_len, 0)
+    if n < 0:  # nobody asks for these queries
+        return
+    empty = n == 0  # by all: one step is taken, and forgotten
     n = gl.maximum(n, 1)
 
     q0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], q_desc.layout)
@@ -300,13 +301,13 @@ def attend(
         [
             (_consumer, (
                 o_desc, lse, sink, q0, o0, q_full, ks, vs, k_full, k_free, v_full, v_free,
-                table, b, h, row, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
+                table, b, h, row, n, lo, f0, f1, q_len, kv_len, empty, q_start, kv_start, q_at, q_at_step, kv_at,
                 kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, MASK, MASKED, POSITIONS,
                 NORMALISER, DEEP, QUERY_BLOCK, KEY_BLOCK,
             )),
             (_consumer, (
                 o_desc, lse, sink, q1, o1, q_full, ks, vs, k_full, k_free, v_full, v_free,
-                table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, end, q_start, kv_start, q_at, q_at_step, kv_at,
+                table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, empty, q_start, kv_start, q_at, q_at_step, kv_at,
                 kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, MASK, MASKED, POSITIONS,
                 NORMALISER, DEEP, QUERY_BLOCK, KEY_BLOCK,
             )),

@@ -15,6 +15,10 @@ RANGES = gl.constexpr(1)
 LISTS = gl.constexpr(2)
 JUMPS = gl.constexpr(3)
 
+# MASKED, if not 0: partial tiles are masked. ENDS: by more than the mask, as tiles stick out, tokens are absent, or
+# blocks were chosen.
+ENDS = gl.constexpr(2)
+
 # Weights from scores. SIGNED: sign(s) softmax(|s|). NONE: the scores themselves. 0 is the softmax.
 SIGNED = gl.constexpr(1)
 NONE = gl.constexpr(2)
@@ -52,21 +56,34 @@ def tile_of(table, step, lo, f0, f1, KIND: gl.constexpr):
 
 
 @gluon.jit
-def positions_of(start, at, step, b, places, length, POSITIONS: gl.constexpr):
-    """The positions of tokens: from `start` on, or as a row of `at` says, -1 for none."""
+def positions_of(start, at, step, b, first, lines, length, AXIS: gl.constexpr, POSITIONS: gl.constexpr):
+    """The positions of the tokens at first + lines: from `start` on, or as a row of `at` says, -1 for none.
+
+    Each is a sum, (near, far). In the layout of a product's rows (AXIS 1) and columns (AXIS 0) a thread has one `near`,
+    and `far` are constants of the machine code: what is computed from both is computed with these."""
     if POSITIONS:
-        return gl.load(at + b.to(gl.int64) * step + places, mask=places < length, other=-1)
+        places = first + lines
+        found = gl.load(at + b.to(gl.int64) * step + places, mask=places < length, other=-1)
+        return gl.expand_dims(found, AXIS), gl.expand_dims(lines & 0, AXIS)
     else:
-        return places + start
+        FAR: gl.constexpr = 8 if AXIS == 1 else ~6
+        return gl.expand_dims(first + start + (lines & ~FAR), AXIS), gl.expand_dims(lines & FAR, AXIS)
 
 
 @gluon.jit
-def seen_of(i, j, inside, POSITIONS: gl.constexpr):
-    """The pairs of tokens that are there, whatever the mask says."""
+def seen_of(x, y, places, start, length, POSITIONS: gl.constexpr):
+    """The pairs of tokens that are there, whatever the mask says. y: the positions of the columns, which are at
+    `places` and begin with `start`; x: of the rows, where those that are not there do no harm."""
     if POSITIONS:
-        return inside & (i >= 0) & (j >= 0)
+        return (places < length)[None, :] & (x[0] >= 0) & (y[0] >= 0)
     else:
-        return inside
+        return y[1] < length + start - y[0]
+
+
+@gluon.jit
+def branch():
+    """Makes the assembler jump over what a full tile does not need, rather than have each tile go through it."""
+    gl.inline_asm_elementwise("bar.warp.sync -1; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -81,10 +98,12 @@ def changed(
         s = s * scale
     if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
         if partial:
-            seen = inside
+            branch()
+            gone = 0.0 if NORMALISER == NONE else float("-inf")
             if MASK is not None:
-                seen = seen & MASK(b, h, i, j, A)
-            s = gl.where(seen, s, 0.0 if NORMALISER == NONE else float("-inf"))
+                s = gl.where(MASK(b, h, i, j, A), s, gone)
+            if MASKED == ENDS:
+                s = gl.where(inside, s, gone)
     return s
 
 

@@ -21,8 +21,10 @@ def key_of(seed, b, h):
 
 @gluon.jit
 def kept(low, high, i, j, threshold):
-    """Of queries i and keys j, one of them in a row and the other in a column."""
-    x = _folded(i.to(gl.uint32) * QUERY + low) ^ _folded(j.to(gl.uint32) * KEY)
+    """Of queries i and keys j, one of them in a row and the other in a column, (near, far) each."""
+    query = (i[0] + i[1]).to(gl.uint32)
+    key = (j[0] + j[1]).to(gl.uint32)
+    x = _folded(query * QUERY + low) ^ _folded(key * KEY)
     x = x * FIRST + high
     return (x ^ (x >> 15)) * SECOND >= threshold.to(gl.uint32)
 

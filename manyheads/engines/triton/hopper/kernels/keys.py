@@ -123,8 +123,7 @@ def _consumer(
     if DV:
         dv = gl.full([ROWS, V_DIM], 0.0, gl.float32, v_layout)
     lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    y = key + lines
-    j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[:, None]
+    j = positions_of(kv_start, kv_at, kv_at_step, b, key, lines, kv_len, 1, POSITIONS)
     columns = gl.arange(0, QUERIES, gl.SliceLayout(0, s_layout))
     k2 = k.reshape([ROWS, DIM])
     v2 = v.reshape([ROWS, V_DIM])
@@ -156,9 +155,8 @@ def _consumer(
                 if LATE:
                     dk_later = warpgroup_mma(ds16, qs.index(before).reshape([QUERIES, DIM]), dk, is_async=True)
             s = warpgroup_mma_wait((2 if LATE else 1) if DK else 0, deps=[s_later])
-            x = tile * QUERIES + columns
-            i = positions_of(q_start, q_at, q_at_step, b, x, q_len, POSITIONS)[None, :]
-            inside = seen_of(i, j, (x < q_len)[None, :], POSITIONS)
+            i = positions_of(q_start, q_at, q_at_step, b, tile * QUERIES, columns, q_len, 0, POSITIONS)
+            inside = seen_of(j, i, tile * QUERIES + columns, q_start, q_len, POSITIONS)
             inside = pairs_of(
                 inside, listed[None, :], columns[None, :], lines[:, None], tile * QUERIES, q_start, ROWS, QUERY_BLOCK,
                 KEY_BLOCK,

@@ -1,19 +1,15 @@
-"""Levels of entmax in Gluon: tau for each query, such that sum_j max(0, z_j - tau)^power = 1, with z the scores.
+"""A level for each query that depends on all of its scores: the tau of entmax (newton.py), or one that the k largest
+scores reach (brackets.py).
 
-One launch is one look at all keys. The first finds the largest z, m, and starts at tau = m - 1, where that key alone
-has the weight 1. Each later one takes a step of Newton's on the norm of the weights,
-
-    N(tau) = (sum_j max(0, z_j - tau)^power)^(1 / power) - 1,   tau += (S - S^(1 - 1 / power)) / R
-
-with x_j = max(0, z_j - tau), S = sum_j x_j^power and R = sum_j x_j^(power - 1). As power >= 1, N is convex and falls:
-tau grows, and does not pass the root but by rounding. A tile of queries that has arrived is left alone.
-
-A producer warp group loads tiles of keys, two consumers of 64 rows each compute, as in attend.py.
+One launch is one look at all keys. A tile of queries that has arrived is left alone. A producer warp group loads tiles
+of keys, two consumers of 64 rows each compute, as in attend.py.
 """
 
 from __future__ import annotations
 
-from manyheads.engines.triton.hopper.kernels.common import changed, lg2, positions_of, row_of, seen_of, tile_of
+from manyheads.engines.triton.hopper.kernels.brackets import counted, narrowed, nothing_counted
+from manyheads.engines.triton.hopper.kernels.common import changed, positions_of, row_of, seen_of, tile_of
+from manyheads.engines.triton.hopper.kernels.newton import moved, nothing_weighed, weighed
 from manyheads.engines.triton.hopper.names import (
     gl,
     gluon,
@@ -22,8 +18,6 @@ from manyheads.engines.triton.hopper.names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-ENOUGH = gl.constexpr(2.0**-14)  # what the weights' sum may be above 1: far below what 16 bits tell apart
 
 
 @gluon.jit
@@ -47,42 +41,8 @@ def _producer(
 
 
 @gluon.jit
-def _gathered(z, tau, top, total, slope, power, FIRST: gl.constexpr, POWER: gl.constexpr):
-    """One tile more in the largest z, or in S and R."""
-    if FIRST:
-        return gl.maximum(top, gl.max(z, 1)), total, slope
-    else:
-        x = gl.maximum(z - tau[:, None], 0.0)
-        if POWER == 1:
-            return top, total + gl.sum(x, 1), slope + gl.sum(gl.where(x > 0.0, 1.0, 0.0), 1)
-        elif POWER == 2:
-            return top, total + gl.sum(x * x, 1), slope + gl.sum(x, 1)
-        else:
-            log = lg2(x)
-            slopes = gl.where(log > float("-inf"), gl.exp2(log * (power - 1.0)), 0.0)
-            return top, total + gl.sum(gl.exp2(log * power), 1), slope + gl.sum(slopes, 1)
-
-
-@gluon.jit
-def _moved(tau, top, total, slope, power, FIRST: gl.constexpr, POWER: gl.constexpr):
-    """The next tau, and which rows have not arrived. Queries that see nothing get inf, above which is no score."""
-    if FIRST:
-        seen = top > float("-inf")
-        return gl.where(seen, top - 1.0, float("inf")), seen
-    else:
-        if POWER == 1:
-            rest = gl.full(total.shape, 1.0, gl.float32, total.type.layout)
-        elif POWER == 2:
-            rest = gl.sqrt(total)
-        else:
-            rest = gl.exp2(gl.log2(total) * (1.0 - 1.0 / power))
-        found = gl.where(slope > 0.0, tau + (total - rest) / slope, tau)
-        return found, (total > 1.0 + ENOUGH) & (found > tau)
-
-
-@gluon.jit
 def _consumer(
-    levels, ahead, powers, q, q_full, ks, k_full, k_free, table, b, h, row, n, lo, f0, f1, q_len, kv_len,
+    levels, ends, ahead, powers, count, q, q_full, ks, k_full, k_free, table, b, h, row, n, lo, f0, f1, q_len, kv_len,
     q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale, A,
     KIND: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr,
     FIRST: gl.constexpr, POWER: gl.constexpr,
@@ -92,20 +52,25 @@ def _consumer(
     KEYS: gl.constexpr = ks.shape[3]
     DIM: gl.constexpr = ks.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    rows = row + lines
     there = rows < q_len
-    i = positions_of(q_start, q_at, q_at_step, b, rows, q_len, POSITIONS)[:, None]
+    i = positions_of(q_start, q_at, q_at_step, b, row, lines, q_len, 1, POSITIONS)
     columns = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
     zero = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
-    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-    slope = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-    tau = top
+    level = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    end = level
     power = 1.0
     if not FIRST:
-        tau = gl.load(levels + rows, mask=there, other=float("inf"))
-        if POWER == 0:
+        level = gl.load(levels + rows, mask=there, other=float("inf"))
+        if ends is not None:
+            end = gl.load(ends + rows, mask=there, other=float("inf"))
+        elif POWER == 0:
             power = gl.load(powers + h)
+    if ends is not None:
+        first, second, third = nothing_counted(ROWS, gl.SliceLayout(1, s_layout), FIRST)
+    else:
+        first, second, third = nothing_weighed(ROWS, gl.SliceLayout(1, s_layout))
     q2 = q.reshape([ROWS, DIM])
     if n > 0:
         mbarrier.wait(q_full, 0)
@@ -115,33 +80,40 @@ def _consumer(
         mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
         k = ks.index(slot).reshape([KEYS, DIM]).permute((1, 0))
         s_later = warpgroup_mma(q2, k, zero, use_acc=False, is_async=True)
-        y = tile * KEYS + columns
-        j = positions_of(kv_start, kv_at, kv_at_step, b, y, kv_len, POSITIONS)[None, :]
-        inside = seen_of(i, j, (y < kv_len)[None, :], POSITIONS)
+        j = positions_of(kv_start, kv_at, kv_at_step, b, tile * KEYS, columns, kv_len, 0, POSITIONS)
+        inside = seen_of(i, j, tile * KEYS + columns, kv_start, kv_len, POSITIONS)
         s = warpgroup_mma_wait(0, deps=[s_later])
         mbarrier.arrive(k_free.index(slot))
         z = changed(s, b, h, i, j, inside, partial, scale, A, SCORE, MASK, MASKED, 0)
-        top, total, slope = _gathered(z, tau, top, total, slope, power, FIRST, POWER)
-    tau, waiting = _moved(tau, top, total, slope, power, FIRST, POWER)
-    gl.store(levels + rows, tau, mask=there)
+        if ends is not None:
+            first, second, third = counted(z, level, end, first, second, third, FIRST)
+        else:
+            first, second, third = weighed(z, level, first, second, third, power, FIRST, POWER)
+    if ends is not None:
+        level, end, waiting = narrowed(level, end, first, second, third, count, FIRST)
+        gl.store(ends + rows, end, mask=there)
+    else:
+        level, waiting = moved(level, first, second, third, power, FIRST, POWER)
+    gl.store(levels + rows, level, mask=there)
     gl.store(ahead, gl.max(gl.where(waiting & there, 1, 0), 0))
 
 
 @gluon.jit(
     do_not_specialize=[
         "table_batch", "table_head", "table_row", "heads", "group", "q_len", "kv_len", "q_start", "kv_start",
-        "q_at_step", "kv_at_step",
+        "q_at_step", "kv_at_step", "count",
     ]
 )  # fmt: skip
 def levels(
-    q_desc, k_desc, level, ahead, powers, q_at, kv_at, table, table_batch, table_head, table_row,
-    heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale,
+    q_desc, k_desc, level, ends, ahead, powers, q_at, kv_at, table, table_batch, table_head, table_row,
+    heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, count,
     STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, FIRST: gl.constexpr,
     POWER: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """level, float32 [batch, heads, q_len], after one look at the keys of each query. Grid: tiles * heads * batch.
 
     ahead: int32 [programs, 2], which half tiles have not arrived. FIRST: level is not read, but begun.
+    ends, count: where brackets end, like level, and how many scores shall reach it; None twice for entmax.
     powers: float32 [heads] if POWER is 0; else POWER is the power. SCORE gives z. Else as in attend.py.
     """
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -157,6 +129,8 @@ def levels(
     row = at * (2 * ROWS)
     table += b.to(gl.int64) * table_batch + h.to(gl.int64) * table_head + at.to(gl.int64) * table_row
     level += head_of_all.to(gl.int64) * q_len
+    if ends is not None:
+        ends += head_of_all.to(gl.int64) * q_len
     ahead += 2 * pid
     table, n, lo, f0, f1 = row_of(table, kv_len // KEYS, (kv_len + KEYS - 1) // KEYS, KIND)
     if not FIRST:
@@ -175,14 +149,14 @@ def levels(
     gl.warp_specialize(
         [
             (_consumer, (
-                level, ahead, powers, q0, q_full, ks, k_full, k_free, table, b, h, row, n, lo, f0, f1, q_len, kv_len,
-                q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale, A, KIND, SCORE, MASK, MASKED, POSITIONS,
-                FIRST, POWER,
-            )),
-            (_consumer, (
-                level, ahead + 1, powers, q1, q_full, ks, k_full, k_free, table, b, h, row + ROWS, n, lo, f0, f1,
+                level, ends, ahead, powers, count, q0, q_full, ks, k_full, k_free, table, b, h, row, n, lo, f0, f1,
                 q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale, A, KIND, SCORE, MASK,
                 MASKED, POSITIONS, FIRST, POWER,
+            )),
+            (_consumer, (
+                level, ends, ahead + 1, powers, count, q1, q_full, ks, k_full, k_free, table, b, h, row + ROWS, n,
+                lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale, A, KIND,
+                SCORE, MASK, MASKED, POSITIONS, FIRST, POWER,
             )),
             (_producer, (
                 q_desc, k_desc, q0, q1, q_full, ks, k_full, k_free, table, b, h, h // group, row, n, lo, f0, f1, KIND,

@@ -1,4 +1,4 @@
-"""From lists of blocks to lists of tiles, in plain Triton: one program for each row of tiles."""
+"""From lists of blocks, or from maps, to lists of tiles, in plain Triton: one program for each row of tiles."""
 
 from __future__ import annotations
 
@@ -63,3 +63,26 @@ def listing(
     tl.store(out + line, number)
     if not TURNED:
         tl.store(out + line + 1, 1, mask=number == 0)  # which a kernel reads in any case
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "row_step", "column_step", "last"])
+def tiles_needed(out, states, rows, columns, row_step, column_step, last, SLOTS: tl.constexpr):
+    """The tiles of one row of a map: how many, then 2 * tile + partial for each, ascending, and one 1 more if there is
+    room. Grid: rows * heads * batch.
+
+    states: uint8 [batch, heads, rows, columns], or turned; the steps are those of rows and columns. Tile `last` of the
+    columns sticks out: the mask must look at it. out: int32 [batch, heads, rows, 1 + columns].
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    states += pid // rows * rows * columns + pid % rows * row_step
+    line = out + pid * (1 + columns)
+    number = tl.full([], 0, tl.int32)
+    for step in range(0, columns, SLOTS):
+        tile = step + tl.arange(0, SLOTS)
+        state = tl.load(states + tile.to(tl.int64) * column_step, mask=tile < columns, other=0)
+        kept = state != 0  # EMPTY
+        partial = (state == 1) | (tile == last)  # PARTIAL
+        tl.store(line + number + tl.cumsum(kept.to(tl.int32), 0), 2 * tile + partial.to(tl.int32), mask=kept)
+        number += tl.sum(kept.to(tl.int32), 0)
+    tl.store(line, number)
+    tl.store(line + 1 + number, 1, mask=number < columns)  # which a kernel reads in any case

@@ -3,7 +3,7 @@ gradient is p (dp - delta) times the derivative of the score function."""
 
 from __future__ import annotations
 
-from manyheads.engines.triton.hopper.kernels.common import LOG2E, NONE, SIGNED
+from manyheads.engines.triton.hopper.kernels.common import ENDS, LOG2E, NONE, SIGNED, branch
 from manyheads.engines.triton.hopper.names import gl, gluon
 
 
@@ -32,11 +32,14 @@ def weights(
         slope = slope * DSCORE(s * scale, b, h, i, j, A)
     if MASKED:  # noqa: SIM102  one is known to the compiler, the other is not
         if partial:  # what lies outside may have any derivative, NaN as well
-            seen = inside
+            branch()
             if MASK is not None:
-                seen = seen & MASK(b, h, i, j, A)
-            weight = gl.where(seen, weight, 0.0)
-            slope = gl.where(seen, slope, 0.0)
+                seen = MASK(b, h, i, j, A)
+                weight = gl.where(seen, weight, 0.0)
+                slope = gl.where(seen, slope, 0.0)
+            if MASKED == ENDS:
+                weight = gl.where(inside, weight, 0.0)
+                slope = gl.where(inside, slope, 0.0)
     return weight, slope
 
 

@@ -1,0 +1,104 @@
+"""Choices that weigh queries against many keys: products of 16-bit parts, kernels/scores.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.core import picking
+from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.choosing.kernels import stripes as striping
+from manyheads.engines.triton.choosing.kernels import windows
+from manyheads.engines.triton.choosing.launches import (
+    PART,
+    PRECISION,
+    TILE,
+    empty_lists,
+    fits,
+    launch,
+    multiprocessors,
+    power,
+)
+from manyheads.engines.triton.launch import INTERPRETED
+
+ROWS, CHUNK = 64, 2048  # queries that are multiplied at a time, and keys that a program finds divisors for
+OPTIONS = {"windows": {"num_warps": 8, "num_stages": 2}, "stripes": {"num_warps": 4, "num_stages": 2}}
+
+
+def best_windows(
+    q: Tensor, k: Tensor, scale: float, count: int, dense: int, together: int, kernel: int, stride: int, *rule: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (batch, heads, queries, dim), (_, kv_heads, n, _), (_, key_block, offset, first, local) = q.shape, k.shape, rule
+    blocks, step, overlap = cdiv(offset + queries, key_block), key_block // stride, kernel // stride - 1
+    able = power(step) == step <= PART and overlap <= step and heads // kv_heads % together == 0
+    if not (able and fits(q, blocks) and narrow(q)):
+        return picking.best_windows(q, k, scale, count, dense, together, kernel, stride, *rule)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    high, low, sizes = _in_halves(k) if q.element_size() == 2 else (k.float().contiguous(), None, None)
+    width = picking.windows_width(queries, count, dense, *rule)
+    indices, counts = empty_lists(q, batch, heads // together, queries, width)
+    tile = window_tile_of(blocks, step, overlap, together, dim)
+    tiles = batch * heads // together * cdiv(queries, tile["QUERIES"])
+    options = {**OPTIONS["windows"], **(few(tile) if low is not None else {})}
+    programs = min(tiles, (2 if "maxnreg" in options else 1) * multiprocessors(q.device))
+    space = torch.empty(programs, 2, tile["QUERIES"], tile["COLUMNS"], dtype=torch.float32, device=q.device)
+    arguments = (
+        q, high, low, sizes, space, indices, counts, tiles, heads, heads // kv_heads, queries, n, width,
+        *q.stride()[:3], scale, count, kernel, stride, dense, key_block, offset, first, local, together,
+        *tile.values(), PRECISION,
+    )  # fmt: skip
+    launch(windows.windows, programs, arguments, **options)
+    return indices, counts
+
+
+def stripes(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
+    (batch, heads, queries, dim), (kv_heads, n) = q.shape, k.shape[1:3]
+    if not (fits(q, 0) and narrow(q)):
+        return picking.stripes(q, k, scale, size)
+    if INTERPRETED:  # which multiplies bfloat16 as the integers that it stores
+        q, k = q.float(), k.float()
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    chunks, blocks = cdiv(n, CHUNK), cdiv(n, size)
+    parts = torch.empty(batch, heads, chunks, queries, dtype=torch.float32, device=q.device)
+    out = parts.new_empty(2, batch, heads, blocks)
+    steps, constants = (*q.stride()[:3], *k.stride()[:3]), (dim, max(16, power(dim)), ROWS, PART)
+    arguments = q, k, parts, heads, heads // kv_heads, queries, n, chunks, scale, *steps, *constants, CHUNK, PRECISION
+    launch(striping.divisors, batch * heads * cdiv(queries, ROWS) * chunks, arguments, **OPTIONS["stripes"])
+    divisor = torch.logsumexp(parts * math.log(2), 2) / math.log(2)
+    arguments = q, k, divisor, out, heads, heads // kv_heads, queries, n, blocks, size, scale, *steps, *constants
+    launch(striping.stripes, out.numel(), (*arguments, PRECISION), **OPTIONS["stripes"])
+    return out
+
+
+def window_tile_of(key_blocks: int, step: int, overlap: int, together: int, dim: int) -> dict[str, int]:
+    """The constants of kernels/windows.py from MEMBERS on, in its order."""
+    members, columns = power(together), max(16, power(key_blocks))
+    queries = max(1, 128 // members)
+    return {
+        "MEMBERS": members, "D": dim, "PD": max(16, power(dim)), "QUERIES": queries,
+        "SOME": min(queries, max(1, 2 * TILE // columns)), "STEP": step, "OVERLAP": overlap, "PART": PART,
+        "COLUMNS": columns,
+    }  # fmt: skip
+
+
+def few(tile: dict[str, Any]) -> dict[str, int]:
+    """Registers so few that two programs of kernels/windows.py fit on a multiprocessor, where they are enough."""
+    able = "MEMBERS" in tile and tile["D"] <= 128 and tile["COLUMNS"] <= 4 * TILE and not torch.version.hip
+    return {"maxnreg": 128} if able else {}
+
+
+def _in_halves(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float16 twice and float32 [batch, heads], whose product is k [batch, heads, n, dim] to 22 bits."""
+    largest = k.abs().amax((-2, -1), keepdim=True) if k.numel() else k.new_zeros(*k.shape[:2], 1, 1)
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    scale = (127 + 15 - exponent << 23).view(torch.float32)  # a power of 2, with which the largest is below 2^15
+    high = (k * scale).half()
+    return high, (k * scale - high).half(), 1 / scale.flatten(1)
+
+
+def narrow(q: Tensor) -> bool:
+    """Whether tiles of whole rows fit in shared memory."""
+    return q.shape[-1] * q.element_size() <= 512

@@ -1,0 +1,25 @@
+"""Sums of log decays in each chunk, where all channels of the keys decay alike."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, LOG2E
+
+CHUNKS = 16  # of a program
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """G: log decays [batch, heads, kv_len]; SUMS: float32 [batch, heads, chunks * C]; FADES, the
+    last of each chunk."""
+    chunks = tl.cdiv(kv_len, C)
+    programs = tl.cdiv(chunks, CHUNKS)
+    bh = tl.program_id(0) // programs
+    b, h, wide = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64), bh.to(tl.int64)
+    c = tl.program_id(0) % programs * CHUNKS + tl.arange(0, CHUNKS)
+    at = c[:, None] * C + tl.arange(0, C)[None, :]
+    g = tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32) * LOG2E
+    tl.store(SUMS + wide * chunks * C + at, tl.cumsum(g, 1), mask=(c < chunks)[:, None])
+    tl.store(FADES + wide * chunks + c, tl.sum(g, 1), mask=c < chunks)
