@@ -147,14 +147,16 @@ def _around(kept: list[Row]) -> list[str]:
             what = f"{row['new_ms']:.2f} ms with new documents, {row['same_ms']:.2f} ms with those of the call before"
             lines.append(f"- Packed documents, {_shape(row)}, a whole forward call: {what}.")
         if "choosing_ms" in row:
-            parts = ("choosing", "table", "transposing", "flex_block_mask")
+            parts = ("choosing", "ordering", "table", "transposing", "flex_block_mask")
             spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f} ms" for p in parts if p + "_ms" in row)
             lines.append(f"- {row['case'].partition(':')[0].capitalize()}, {_shape(row)}, before the kernels: {spent}.")
         if "choose_ms" in row:
             parts = ("pool", "choose", "by_torch", "turn", "forward", "backward")
             graphs = {p: f" ({row[f'{p}_graph_ms']:.2f})" for p in parts if f"{p}_graph_ms" in row}
-            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f}{graphs.get(p, '')}" for p in parts)
-            about = f"{row['case'].capitalize()}, {_shape(row)}, {row['kept']:.1%} kept"
+            known = [p for p in parts if p + "_ms" in row]
+            spent = ", ".join(f"{p.replace('_', ' ')} {row[p + '_ms']:.2f}{graphs.get(p, '')}" for p in known)
+            kept_share = f", {row['kept']:.1%} kept" if "kept" in row else ""
+            about = f"{row['case'].capitalize()}, {_shape(row)}{kept_share}"
             lines.append(f"- {about}, milliseconds, in brackets as a CUDA graph: {spent}.")
         if "failed" in row and "settings" not in row:
             lines.append(f"- {ENGINES[row['engine']]} on {row['case']}, {_shape(row)}: {row['failed']}")
