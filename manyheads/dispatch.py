@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from manyheads.core.inputs import Inputs
 from manyheads.core.mechanism import Mechanism
 from manyheads.core.names import unknown
 from manyheads.core.rows import run_rows, whole_rows_only
+from manyheads.core.sums import parts_of, summed
 from manyheads.engines import eager, flex, sdpa, triton
 from manyheads.mechanisms import get
 
@@ -26,7 +28,7 @@ _MODULES: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex,
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine would run, and why the others would not."""
+    """Which engine would run, and why the others would not; of a Sum those of its parts, "sdpa + eager"."""
 
     engine: str
     objections: dict[str, str]
@@ -91,9 +93,9 @@ def attention(
     if return_lse and isinstance(inner, Scores) and not inner.has_lse:
         raise ValueError(f"return_lse is for weights exp(score - lse); the normaliser {inner.normaliser!r} has no lse")
     chosen = _choose(form, x, engine, return_lse)
-    run = _load(chosen.engine).run
+    run = partial(_run_parts, engine=engine) if isinstance(form, Sum) else _load(chosen.engine).run
     o, second = run_rows(run, form, x) if x.ragged and whole_rows_only(form) else run(form, x)
-    if key is not None and chosen.engine in REPEAT:
+    if key is not None and chosen.engine in REPEAT and not isinstance(form, Sum):
         _keep(key, REPEAT[chosen.engine](form, x))
     return (o, second) if return_lse or return_state else o
 
@@ -111,6 +113,10 @@ def explain(
 
 
 def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation:
+    if isinstance(form, Sum):  # each part for itself
+        found = [_choose(part, own, engine, False) for part, own in parts_of(form, x)]
+        objections = {f"{name}, part {n}": why for n, of in enumerate(found, 1) for name, why in of.objections.items()}
+        return Explanation(" + ".join(of.engine for of in found), objections)
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
     objections: dict[str, str] = {}
@@ -124,6 +130,11 @@ def _choose(form: Form, x: Inputs, engine: str, return_lse: bool) -> Explanation
         objections[name] = why
     reasons = "; ".join(f"{name}: {why}" for name, why in objections.items())
     raise ValueError(f"no engine runs this: {reasons}. Take engine='auto' to let another one run.")
+
+
+def _run_parts(form: Form, x: Inputs, engine: str) -> tuple[Tensor, None]:
+    assert isinstance(form, Sum)
+    return summed(form, x, lambda part, own: _load(_choose(part, own, engine, False).engine).run(part, own))
 
 
 def _load(name: str) -> ModuleType:

@@ -744,6 +744,18 @@ def test_a_sum_adds_its_gated_parts_each_with_its_scale(make_inputs):
     torch.testing.assert_close(got, wanted, **EXACT)
 
 
+def test_parts_of_a_sum_each_take_the_engine_that_they_take_alone(make_inputs):
+    x = make_inputs(SUM, 6)
+    found = explain(*x.tensors, SUM, **x.operands)
+    assert found.engine == "sdpa + eager + eager"
+    assert "Recurrence" in found.objections["sdpa, part 2"] and "sdpa, part 1" not in found.objections
+    assert explain(*x.tensors, SUM, engine="eager", **x.operands).engine == "eager + eager + eager"
+    with pytest.raises(ValueError, match="no engine runs this: sdpa"):
+        attention(*x.tensors, SUM, engine="sdpa", **x.operands)
+    with pytest.raises(ValueError, match="at least one part"):
+        attention(*x.tensors, Sum(parts=(), gates=()))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_of_a_sum_equals_the_row_alone(side, make_inputs):
     x = make_inputs(SUM, 8)

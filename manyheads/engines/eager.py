@@ -20,6 +20,7 @@ from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, 
 from manyheads.core.inputs import Inputs
 from manyheads.core.recurrence import recur, to_heads
 from manyheads.core.rows import unseen
+from manyheads.core.sums import summed
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
 
 
@@ -38,7 +39,7 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor | None]:
         case Recurrence():
             return _recurrence(form, x)
         case Sum():
-            return _sum(form, x), None
+            return summed(form, x, run)
         case Function() if not x.q_len or not x.kv_len:
             return x.nothing(), None
         case Function():
@@ -215,20 +216,3 @@ def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
     total = g.cumsum(2)
     causal = torch.ones(g.shape[2], g.shape[2], dtype=torch.bool, device=g.device).tril()
     return total, (total[:, :, :, None] - total[:, :, None]).masked_fill(~causal[..., None], 0.0).exp()
-
-
-# ---- sums ----
-
-
-def _sum(form: Sum, x: Inputs) -> Tensor:
-    total = None
-    for part, gate in zip(form.parts, form.gates, strict=True):
-        own = {name: x.operands[name] for name in part.operands}
-        scale = x.scale / form.default_scale(x.q.shape[3]) * part.default_scale(x.q.shape[3])
-        o, _ = run(part, x.with_(operands=own, scale=scale))
-        if gate is not None:  # the queries' own gates: queries are a row's last tokens
-            o = o * x.operands[gate][:, :, x.kv_len - x.q_len :, None].to(o.dtype)
-        total = o if total is None else total + o
-    if total is None:
-        raise ValueError("a Sum needs at least one part")
-    return total
