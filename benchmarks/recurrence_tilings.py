@@ -28,7 +28,7 @@ CARRIED = (Tile(32, 4, 2), Tile(64, 4, 2), Tile(64, 4, 3), Tile(64, 8, 2), Tile(
 FORWARD = {"walk": CARRIED}
 BACKWARD = {
     "back": CARRIED,
-    "gradients": (Tile(64, 8, 2, 128), Tile(32, 8, 1, 128), Tile(64, 8, 1), Tile(32, 4, 2), Tile(64, 4, 1)),
+    "gradients": (Tile(64, 8, 2), Tile(64, 8, 1), Tile(32, 8, 1), Tile(32, 8, 2)),
     "inner": (Tile(16, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1)),
 }
 AT_ONCE = (1, 2, 3, 4, 8)  # programs for each multiprocessor that a row is cut into segments for

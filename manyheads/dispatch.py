@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -200,6 +201,7 @@ for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_resul
 Again = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None]
 REPEAT: dict[str, Callable[[Form, Inputs], Again | None]] = {"triton": triton.again, "sdpa": sdpa.again}
 CALLS = 512  # kinds of calls that are kept
+LOCK = Lock()
 _KNOWN: dict[Any, Again] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)  # not what is derived from them
 _NAMES = (int, float, bool, str, type(None))
@@ -244,6 +246,7 @@ def _watched() -> bool:
 
 def _keep(key: tuple[Any, ...], again: Again | None) -> None:
     if again is not None:
-        _KNOWN[key] = again
-        while len(_KNOWN) > CALLS:
-            del _KNOWN[next(iter(_KNOWN))]
+        with LOCK:
+            _KNOWN[key] = again
+            while len(_KNOWN) > CALLS:
+                del _KNOWN[next(iter(_KNOWN))]

@@ -265,6 +265,7 @@ def check_stripes(device: torch.device, cases: list = STRIPES) -> None:
 WINDOWS = [  # heads, key heads, together, len, queries, dim, count, kernel, stride, key block, first, local, dense
     (4, 2, 2, 200, 70, 16, 5, 4, 2, 8, 1, 1, 0), (3, 1, 3, 130, 33, 20, 4, 8, 4, 4, 0, 0, 110),
     (2, 1, 1, 150, 150, 8, 7, 4, 4, 16, 2, 2, 60), (2, 1, 2, 9, 9, 16, 3, 16, 8, 8, 1, 0, 0),
+    (2, 1, 2, 500, 200, 16, 3, 32, 16, 32, 1, 1, 0), (2, 1, 2, 260, 260, 16, 3, 16, 16, 16, 0, 1, 0),  # few blocks
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Triton decides at import whether it interprets, so those cases run in processes 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -234,6 +235,23 @@ def strong() -> None:
     print("done")
 
 
+def grown() -> None:
+    """What overwriting three times over has made long before decays make it short again shows behind them."""
+    form = FORMS["delta and step"]()
+    q, k, v = (torch.zeros(1, 1, 256, 16) for _ in range(3))
+    g, beta = torch.zeros(1, 1, 256), torch.zeros(1, 1, 256)
+    q[..., 0] = k[..., 0] = v[:, :, 0] = 1
+    beta[..., 0], beta[..., 1:64], g[..., 96:128] = 1, 3, -66 * math.log(2) / 32
+    x = build_inputs(form, q, k, v, 1.0, None, None, None, {"g": g, "beta": beta})
+    true, _ = eager.run(form, x.with_(**{n: getattr(x, n).double() for n in "qkv"}, operands={
+        n: t.double() for n, t in x.operands.items()
+    }))  # fmt: skip
+    o, _ = triton.run(form, x)
+    assert true[..., -1, :].abs().max() > 0.1
+    assert (o - true)[:, :, 128:].norm() < 1e-3 * true[:, :, 128:].norm(), (o[..., -1, 0], true[..., -1, 0])
+    print("done")
+
+
 def halves() -> None:
     """Two calls, the second with the state of the first, equal one; a call repeats bit by bit."""
     for name in STRONG:
@@ -386,7 +404,7 @@ def causal(name: str) -> bool:
 STRONG = ["step", "channel", "delta and step", "delta and channel"]
 
 
-@pytest.mark.parametrize("what", ["strong", "halves", "narrow", "single", "operators", "whole", "published"])
+@pytest.mark.parametrize("what", ["strong", "grown", "halves", "narrow", "single", "operators", "whole", "published"])
 def test_in_the_interpreter(what):
     assert interpret("test_chunked", f"{what}()") == "done"
 

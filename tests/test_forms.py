@@ -362,7 +362,7 @@ def test_a_top_k_is_a_number_of_scores():
         with pytest.raises(ValueError, match="top_k takes a number top_k, others none"):
             Scores(**given)
     for k in (0, -1):
-        with pytest.raises(ValueError, match=f"keeps 1 score or more, not {k}"):
+        with pytest.raises(ValueError, match=f"whole number of scores, 1 or more, not {k}"):
             Scores(normaliser="top_k", top_k=k)
     with pytest.raises(ValueError, match="'top_k' has none"):
         Scores(normaliser="top_k", top_k=2, sink="sink", operands=SINK)

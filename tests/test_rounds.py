@@ -123,7 +123,7 @@ def test_the_order_against_brute_force(lengths, batch, heads, query_block, key_b
         use_emulated(patch)
         patch.setattr(ordering, "LEAST", cut)
         patch.setattr(ordering, "MOST", cut)
-        for part in ordering.parts(x, blocks.indices.shape[3]):
+        for part in ordering.parts(x, blocks.indices.shape[3], 1):
             y = part.of(x)
             order = ordering.order_of(blocks, y, part, start, query_block, key_block, past)
             seen[part.own] = True
@@ -258,7 +258,7 @@ def test_parts(moved, monkeypatch, most, number):
     monkeypatch.setattr(ordering, "LEAST", most)
     monkeypatch.setattr(ordering, "MOST", most)
     x = inputs(260, 331, heads=4, kv_heads=2, batch=2)
-    assert len([*ordering.parts(x, 2)]) == number
+    assert len([*ordering.parts(x, 2, 1)]) == number
     check(selection(SCORES["causal"], x), x)
 
 
@@ -300,7 +300,7 @@ def test_sinks(moved, monkeypatch):
     monkeypatch.setattr(ordering, "MOST", 1200)
     scores = Scores(mask=SCORES["causal"].mask, sink="sink", operands={"sink": Operand("heads")})
     x = inputs(300, 300).with_(operands={"sink": torch.tensor([-3.0, -torch.inf, 0.5, 4.0])})
-    assert len([*ordering.parts(x, 2)]) == 2
+    assert len([*ordering.parts(x, 2, 1)]) == 2
     check(selection(scores, x, fewer=0.6), x)
     check(selection(Scores(sink="sink", operands=scores.operands), x, fewer=0.6), x)
 
@@ -427,7 +427,7 @@ def test_nothing_is_waited_for(monkeypatch):
     chosen = choose(form, x)
     x = x.with_(**{name: getattr(x, name).to("meta") for name in "qkv"})
     blocks = Blocks(chosen.indices.to("meta"), chosen.counts.to("meta"))
-    for part in ordering.parts(x, 2):
+    for part in ordering.parts(x, 2, 1):
         order = ordering.order_of(blocks, part.of(x), part, 0, 1, 128, True)
         y = moving.at_places(part.of(x), order)
         for tile, turned in (((128, 64), False), ((64, 128), True)):
@@ -478,7 +478,7 @@ def test_parts_on_a_gpu(monkeypatch):
     for most in (2**14, 2**12):
         monkeypatch.setattr(ordering, "LEAST", most)
         monkeypatch.setattr(ordering, "MOST", most)
-        assert len([*ordering.parts(x, 3)]) > 1
+        assert len([*ordering.parts(x, 3, 1)]) > 1
         check(form, x)
         assert all(map(torch.equal, whole, hopper.run(form.scores, x, rounds_of(form, x))))
 

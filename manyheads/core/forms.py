@@ -156,8 +156,8 @@ class Scores(Form):
             raise ValueError(f"entmax takes an alpha, others none; not {self.normaliser!r} and {self.alpha!r}")
         if (self.top_k is None) == (self.normaliser == "top_k"):
             raise ValueError(f"top_k takes a number top_k, others none; not {self.normaliser!r} and {self.top_k!r}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k keeps 1 score or more, not {self.top_k!r}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k keeps a whole number of scores, 1 or more, not {self.top_k!r}")
         if isinstance(self.alpha, str):
             self._check_declared("alpha", self.alpha)
         elif self.alpha is not None and not 1 <= self.alpha < math.inf:

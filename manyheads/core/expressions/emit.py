@@ -330,7 +330,7 @@ class Writer:
             return EXACT_TEXT[node.op]
         if node.op == "div" and (inverse := self._inverse(node.args[1])):
             return f"{{0}} * {inverse}"
-        if self.language == "gluon" and node.op in GLUON_TEXT:
+        if self.language == "gluon" and "s" in node.depends and node.op in GLUON_TEXT:
             return GLUON_TEXT[node.op]
         return OPS[node.op].text
 

@@ -68,7 +68,7 @@ class Source:
         }
         for name, table in tables.items():
             _check_readable(name, table)
-        ends = {name: tables[name].aminmax() for name in {a.of for a in self.signature if a.kind == "least"}}
+        ends = {name: tables[name].detach().aminmax() for name in {a.of for a in self.signature if a.kind == "least"}}
         return tuple(
             getattr(ends[a.of], _ENDS[a.kind]) if a.kind in _ENDS else self._argument(a, tables) for a in self.signature
         )
@@ -231,9 +231,9 @@ def _known_small(table: Tensor) -> bool:
     return table.dtype.itemsize < 4 or not table.numel()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Changes whenever the tensor does; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int] | None:
+    """Changes whenever the tensor does, or gets other data; None where torch does not count."""
+    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 def _check_readable(name: int | str, table: Tensor) -> None:

@@ -122,7 +122,8 @@ class _Attend(torch.autograd.Function):
             made = hopper.run(about.form, _filled(about.rest, q, k, v), about.chosen)
         elif made is None:
             made = plain_forward(q, k, v, about.call)  # type: ignore[arg-type]  not None
-        ctx.save_for_backward(q, k, v, *made, *read)  # `read` so that torch sees whether it was changed in place
+        # What masks and scores read too, so that torch sees whether it was changed in place.
+        ctx.save_for_backward(q, k, v, *made, *read, *about.form.program.tensors, *about.rest.operands.values())
         ctx.about = about
         ctx.set_materialize_grads(False)
         return made

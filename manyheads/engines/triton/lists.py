@@ -90,6 +90,8 @@ def key_of(
     read = [program.tensors[source] for source in sorted(program.mask_reads)]  # type: ignore[index,type-var]  no operands
     if any(t.is_inference() for t in read):
         return None
-    tensors, depends = tuple((id(t), t._version) for t in read), program.mask_depends
+    if read and read[0].is_cuda and torch.cuda.is_current_stream_capturing():  # what is recorded is not made yet
+        return None
+    tensors, depends = tuple((id(t), t._version, t.data_ptr()) for t in read), program.mask_depends
     shared = batch if "b" in depends else 1, heads if "h" in depends else 1
     return program.key, program.numbers, tensors, positions, *shared, *rest

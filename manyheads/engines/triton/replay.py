@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
 from manyheads.engines.triton import quick
 
-CALLS = 512  # kinds of calls that are kept, the latest used
+CALLS = 512  # kinds of calls that are kept, the latest
 
 Key = tuple[Any, ...]
 Made = tuple[Tensor | None, ...]
@@ -55,9 +56,10 @@ def replayed(
         made = compute()
     call = call_of(seen, given, made, captured, still())
     if call is not None:
-        _KNOWN[key] = call
-        while len(_KNOWN) > CALLS:
-            del _KNOWN[next(iter(_KNOWN))]
+        with LOCK:
+            _KNOWN[key] = call
+            while len(_KNOWN) > CALLS:
+                del _KNOWN[next(iter(_KNOWN))]
     return made
 
 
@@ -66,6 +68,7 @@ def known(key: Key | None) -> Call | None:
 
 
 _KNOWN: dict[Key, Call] = {}
+LOCK = Lock()  # backward passes have threads of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +101,7 @@ class Call:
     fresh: tuple[Tensor, ...]
     launches: tuple[Launch, ...]
     made: tuple[int | None, ...]
-    captured: tuple[tuple[Tensor, int], ...]
+    captured: tuple[tuple[Tensor, int, int], ...]
     kept: tuple[Tensor, ...]
 
     def __call__(self, given: Given) -> Made | None:
@@ -107,8 +110,8 @@ class Call:
         device = active.get_current_device()
         if device != self.device or quick.hooks_wait():
             return None
-        for tensor, version in self.captured:
-            if tensor._version != version:
+        for tensor, version, place in self.captured:
+            if tensor._version != version or tensor.data_ptr() != place:
                 return None
         tensors: list[Any] = [*given, *map(torch.empty_like, self.fresh)]
         places = [0 if t is None else t.data_ptr() for t in tensors]
@@ -144,7 +147,7 @@ def call_of(
     # One number, expanded: torch takes a tensor to make another like it in half the time that it takes sizes.
     fresh = tuple(t.new_empty(1).expand(t.shape) for t in seen.fresh)
     results = tuple(None if t is None else numbers[t.data_ptr()] for t in made)
-    versions = tuple((t, t._version) for t in captured)
+    versions = tuple((t, t._version, t.data_ptr()) for t in captured)
     device = seen.fresh[0].device.index or 0
     return Call(device, fresh, tuple(launches), results, versions, tuple(used.values()))
 

@@ -75,7 +75,7 @@ def stripes(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
 
 def window_tile_of(key_blocks: int, step: int, overlap: int, together: int, dim: int) -> dict[str, int]:
     """The constants of kernels/windows.py from MEMBERS on, in its order."""
-    members, columns = power(together), max(16, power(key_blocks))
+    members, columns = power(together), max(16, PART // step, power(key_blocks))  # a part's at least: all are written
     queries = max(1, 128 // members)
     return {
         "MEMBERS": members, "D": dim, "PD": max(16, power(dim)), "QUERIES": queries,

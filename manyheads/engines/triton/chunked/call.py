@@ -121,7 +121,7 @@ Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 class Prepared:
     """q, k, k_out, ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. g:
     sums of log decays, float32 [batch, heads, chunks * chunk], with head_dim behind where channels have their own.
-    fades: bounds of how much longer chunks make a state, [rows, chunks], where there are decays. beta: float32 [rows,
+    fades: bounds of what chunks leave of a state, [rows, chunks + 1], where there are decays. beta: float32 [rows,
     chunks * chunk]. a, b, t: what pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody
     reads it."""
 
@@ -139,7 +139,9 @@ class Prepared:
     @property
     def solved(self) -> Solved:
         """What a backward pass is given of it: little, and half as much as q where writes correct."""
-        return None if self.a is not None else self.g, self.fades, self.beta, self.t
+        if self.a is not None:  # of channels `pairs` makes sums and fades again
+            return None, None, self.beta, self.t
+        return self.g, self.fades, self.beta, self.t
 
 
 def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prepared:
@@ -151,9 +153,9 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     unit, steps = _steps(call.q, call.k)
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
-    if solved is None:
-        fades = None if call.g is None else call.new(*shape[:2])
-        g = None if call.g is None or call.channels else call.new(*tokens)
+    if fades is None and call.g is not None:
+        fades = call.new(call.rows, call.chunks + 1).zero_()
+        g = None if call.channels else call.new(*tokens)
     if call.channels:
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(*tokens, call.head_dim)

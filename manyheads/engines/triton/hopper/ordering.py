@@ -49,12 +49,13 @@ class Part(NamedTuple):
         return self.batch, self.heads, self.queries
 
 
-def parts(x: Inputs, width: int) -> Iterator[Part]:
-    """Of lists of so many blocks: as many rows in all as x has queries, or LEAST; key heads are cut before queries, so
-    that the gradients of their keys need not be added up."""
+def parts(x: Inputs, width: int, blocks: int) -> Iterator[Part]:
+    """Of lists of so many blocks, of so many that there are: as many rows as x has queries, or LEAST; key heads are cut
+    before queries, so that the gradients of their keys need not be added up."""
     most, group = min(MOST, max(LEAST, x.batch * x.heads * x.q_len)), x.heads // x.kv_heads
-    rows = group * width * x.q_len
-    queries = x.q_len if rows <= most else max(1, most // (group * width * TILE)) * TILE
+    each = group * max(width, cdiv(blocks, 16))  # rows of a query, or what the bits of its blocks take beside them
+    rows = each * x.q_len
+    queries = x.q_len if rows <= most else max(1, most // (each * TILE)) * TILE
     kv_heads = min(x.kv_heads, max(1, most // rows))
     batch = min(x.batch, max(1, most // (x.kv_heads * rows)))
     for b, h, i in product(_cut(x.batch, batch), _cut(x.kv_heads, kv_heads), _cut(x.q_len, queries)):

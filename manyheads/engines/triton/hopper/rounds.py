@@ -58,7 +58,8 @@ def able(form: Selection, x: Inputs) -> bool:
     """Tiles of one block, no mask but a causal one, and scores that are the same wherever the query is copied."""
     scores = form.scores
     known = scores.program.score_depends <= {"s", "j"} and scores.normaliser in ("softmax", "signed")
-    return form.key_block % TILE == 0 and known and x.dropout is None and (scores.mask is None or _causal(scores))
+    known = known and x.dropout is None and x.q.numel() > 0 and x.k.numel() > 0
+    return form.key_block % TILE == 0 and known and (scores.mask is None or _causal(scores))
 
 
 def run(form: Scores, x: Inputs, chosen: Rounds) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def _forms_of(form: Scores, key_block: int | None) -> tuple[Scores | None, Score
 def ordered(form: Scores, x: Inputs, chosen: Rounds) -> Iterator[tuple[Part, Inputs, Order]]:
     """Parts of a call, one after the other."""
     past = form.mask is not None
-    for part in parts(x, max(1, chosen.blocks.indices.shape[3])):
+    for part in parts(x, max(1, chosen.blocks.indices.shape[3]), cdiv(x.kv_len, chosen.key_block)):
         y = part.of(x)
         yield part, y, order_of(chosen.blocks, y, part, _start(x), chosen.query_block, chosen.key_block, past)
 

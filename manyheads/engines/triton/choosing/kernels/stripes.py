@@ -88,4 +88,4 @@ def stripes(
             place = tl.where(diagonal, apart, tl.zeros([ROWS, PART], tl.int32) + key[None, :])
             inside = (place >= low) & (place < low + size) & (key < n)[None, :]
             total += tl.sum(tl.where(inside, tl.exp2(s - own[:, None]), 0.0), 1)
-    tl.store(out + pid, tl.sum(total, 0) / queries)
+    tl.store(out + pid, tl.sum(total, 0) / tl.maximum(queries, 1))

@@ -75,7 +75,7 @@ def back(
     if TOTALS is not None:
         total = tl.zeros([1, PD if CHANNELS and TRANSITION is None else 1], tl.float32)
         if FADES is not None:
-            begin, forgotten = remembered_from(FADES + wide * chunks, chunks, begin, stop, True)
+            begin, forgotten = remembered_from(FADES + wide * (chunks + 1), chunks, begin, stop, True)
             if TRANSITION is not None:
                 begin = tl.where(forgotten & (tile >= TILES), stop, begin)
                 total += tl.where(forgotten, float("-inf"), 0.0)

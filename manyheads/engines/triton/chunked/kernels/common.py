@@ -120,17 +120,28 @@ def sums(G, C: tl.constexpr):
 
 @triton.jit
 def fade_of(g, size, beta):
-    """A bound of how much longer, in bits, a chunk of writes that correct can make a state. g: log decays of its tokens
-    in base two, of the slowest channel; size: |k|^2. I - beta k k^T makes nothing longer unless beta |k|^2 > 2."""
-    return tl.sum(g + tl.math.log2(tl.maximum(tl.abs(beta * size - 1.0), 1.0)), 0)
+    """A bound of the log2 of what is left of a state behind a chunk of writes that correct; infinite if one makes it
+    longer. g: log decays of its tokens in base two, of the slowest channel; size: |k|^2. I - beta k k^T makes nothing
+    longer if beta |k|^2 is from 0 to 2."""
+    longer = (g > 0.0) | (tl.abs(beta * size - 1.0) > 1.0)
+    return tl.where(tl.max(longer.to(tl.int32), 0) > 0, float("inf"), tl.sum(g, 0))
+
+
+@triton.jit
+def note_fade(FADES, chunks, c, fade):
+    """FADES of one row: fades of its chunks, and behind them 1 if one is infinite, where 0 is at first."""
+    tl.store(FADES + c, fade)
+    if fade == float("inf"):
+        tl.store(FADES + chunks, 1.0)
 
 
 @triton.jit
 def remembered_from(FADES, chunks, begin, stop, BACKWARDS: tl.constexpr):
     """Where a walk from `begin` to `stop` may as well begin at zero, as before that all is forgotten when it ends; and
-    whether there is such a place. FADES: of one row, bounds of how much longer, in bits, chunks make a state."""
+    whether there is such a place. FADES: of one row, see `note_fade`. There is none in a row of which a chunk makes
+    states longer: what is before a place may be of any size."""
     at = stop - 1 - tl.arange(0, SEEN)
     there = at >= begin
     fades = tl.load(FADES + (chunks - 1 - at if BACKWARDS else at), mask=there, other=0.0)
-    gone = there & (tl.cumsum(fades, 0) < FORGOTTEN)
+    gone = there & (tl.cumsum(fades, 0) < tl.where(tl.load(FADES + chunks) > 0.0, float("-inf"), FORGOTTEN))
     return tl.max(tl.where(gone, at, begin), 0), tl.max(gone.to(tl.int32), 0) > 0

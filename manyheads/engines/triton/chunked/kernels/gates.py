@@ -12,8 +12,8 @@ CHUNKS = 16  # of a program
 
 @triton.jit(do_not_specialize=LENGTHS)
 def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS: tl.constexpr):
-    """G: log decays [batch, heads, kv_len]; SUMS: float32 [batch, heads, chunks * C]; FADES, the
-    last of each chunk."""
+    """G: log decays [batch, heads, kv_len]; SUMS: float32 [batch, heads, chunks * C]; FADES, the last of each chunk, or
+    infinity: see `fade_of` and `note_fade`."""
     chunks = tl.cdiv(kv_len, C)
     programs = tl.cdiv(chunks, CHUNKS)
     bh = tl.program_id(0) // programs
@@ -22,4 +22,8 @@ def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS:
     at = c[:, None] * C + tl.arange(0, C)[None, :]
     g = tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32) * LOG2E
     tl.store(SUMS + wide * chunks * C + at, tl.cumsum(g, 1), mask=(c < chunks)[:, None])
-    tl.store(FADES + wide * chunks + c, tl.sum(g, 1), mask=c < chunks)
+    fades = tl.where(tl.max(g, 1) > 0.0, float("inf"), tl.sum(g, 1))
+    FADES += wide * (chunks + 1)
+    tl.store(FADES + c, fades, mask=c < chunks)
+    if tl.max(tl.where(c < chunks, fades, 0.0), 0) == float("inf"):
+        tl.store(FADES + chunks, 1.0)

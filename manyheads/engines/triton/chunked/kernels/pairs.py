@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, end_of, fade_of, load, store
+from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, end_of, fade_of, load, note_fade, store
 
 SUB = tl.constexpr(16)
 
@@ -59,12 +59,14 @@ def pairs(
     q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, columns, C, D)
     k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
     if BETA is None:
-        tl.store(FADES + chunk, tl.max(tl.max(tl.where((columns < D)[None, :], end, float("-inf")), 1), 0))
+        longest = tl.max(tl.max(tl.where((columns < D)[None, :], end, float("-inf")), 1), 0)
+        fade = tl.where(tl.max(tl.max(g, 1), 0) > 0.0, float("inf"), longest)
     else:
         at = first + tokens
         beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
         slowest = tl.max(tl.where((columns < D)[None, :], g * LOG2E, float("-inf")), 1)
-        tl.store(FADES + chunk, fade_of(slowest, tl.sum(k.to(tl.float32) * k.to(tl.float32), 1), beta))
+        fade = fade_of(slowest, tl.sum(k.to(tl.float32) * k.to(tl.float32), 1), beta)
+    note_fade(FADES + wide * (chunks + 1), chunks, c, fade)
     rise = tl.math.exp2(sum_g)
     store(Q_IN + wide * (kv_len - ahead) * D, D, first - ahead, kv_len - ahead, columns, q * rise, C, D)
     if K_IN is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LENGTHS, LOG2E, decays, dot, fade_of, load
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, LOG2E, decays, dot, fade_of, load, note_fade
 
 SUB = tl.constexpr(16)
 
@@ -56,7 +56,7 @@ def solve(
             tl.store(SUMS + (bh.to(tl.int64) * chunks + c) * C + tokens, sum_g)
             g = tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32)
             size = tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
-            tl.store(FADES + bh.to(tl.int64) * chunks + c, fade_of(g * LOG2E, size, beta))
+            note_fade(FADES + bh.to(tl.int64) * (chunks + 1), chunks, c, fade_of(g * LOG2E, size, beta))
             below *= tl.math.exp2(tl.where(strictly, sum_g[:, None] - sum_g[None, :], float("-inf")))
     else:
         # As a product, so that a warp has whole blocks of it: three times as fast.

@@ -41,7 +41,7 @@ def walk(
     Where channels decay by themselves, Q, K and K_OUT are what `pairs` made of q and k, K only if writes correct, and G
     are its ENDS.
 
-    With TOTALS, G over the whole of it, END are the states behind each segment; without, behind the last one.
+    With TOTALS, G over what is walked of it, END are the states behind each segment; without, behind the last one.
     TRANSITION: what a segment that corrects makes of a state before it, [D, D]; TOTALS are then -inf where that is
     nothing. Where FADES says that the end has forgotten a segment's beginning, that is left out.
     """
@@ -86,7 +86,7 @@ def walk(
     if TOTALS is not None:
         total = tl.zeros([1, PD if CHANNELS and TRANSITION is None else 1], tl.float32)
         if FADES is not None:
-            begin, forgotten = remembered_from(FADES + wide * chunks, chunks, begin, stop, False)
+            begin, forgotten = remembered_from(FADES + wide * (chunks + 1), chunks, begin, stop, False)
             if TRANSITION is not None:
                 begin = tl.where(forgotten & (tile >= TILES), stop, begin)
                 total += tl.where(forgotten, float("-inf"), 0.0)

@@ -13,19 +13,21 @@ def gather(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """out [batch * kv_heads, places, dim]: the rows of x [batch, heads, size, dim] that `rows`, see ordering.place, has
-    for its places; 0 where there is none, but nothing in tiles without any, whose first place has none.
+    for its places, and in a tile's places that have none what its first one has; nothing in tiles without any.
     Grid: places / ROWS * kv_heads * batch."""
     tiles = places // ROWS
     key_head = (tl.program_id(0) // tiles).to(tl.int64)
     place = tl.program_id(0) % tiles * ROWS
-    if tl.load(rows + key_head * places + place // TILE * TILE) >= 0:
+    first = tl.load(rows + key_head * places + place // TILE * TILE)
+    if first >= 0:
         at = key_head * places + place + tl.arange(0, ROWS)
         row = tl.load(rows + at)
+        row = tl.where(row >= 0, row, first)  # not zeros, where a score's derivative may be infinite
         column = tl.arange(0, DIM)
         head = key_head * group + row // size
         source = head // heads * x_b + head % heads * x_h + (row % size).to(tl.int64) * x_n
         inside = (column < dim)[None, :]
-        found = tl.load(x + source[:, None] + column[None, :], mask=inside & (row >= 0)[:, None], other=0.0)
+        found = tl.load(x + source[:, None] + column[None, :], mask=inside, other=0.0)
         tl.store(out + at[:, None] * dim + column[None, :], found, mask=inside)
 
 
