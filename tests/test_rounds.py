@@ -226,6 +226,19 @@ def test_forms(moved, name):
     check(selection(SCORES[name], x), x)
 
 
+def test_places_without_a_row_have_no_score_of_their_own(moved):
+    """A score whose derivative is infinite at 0, which is what zeros would score."""
+    x = inputs(64, 192)
+    scores = Scores(mask=lambda b, h, i, j: j <= i, score=lambda s, b, h, i, j: abs(s) ** 0.5)
+    check(selection(scores, x), x)
+
+
+def test_a_batch_of_nothing(moved):
+    x = inputs(300, 300)
+    x = x.with_(**{name: getattr(x, name)[:0] for name in "qkv"})
+    assert not rounds.able(selection(SCORES["causal"], x), x)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (7, 1)])
 def test_groups(moved, heads, kv_heads):
     x = inputs(300, 300, heads=heads, kv_heads=kv_heads, batch=2)

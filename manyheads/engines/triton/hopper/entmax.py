@@ -1,4 +1,4 @@
-"""Entmax on the kernels of the others, and one of its own that finds the levels: kernels/levels.py.
+"""Entmax on the kernels of the others, and one that finds the levels first: looks.py.
 
     p_j = max(0, (alpha - 1) s_j - tau)^(1 / (alpha - 1)),   tau such that sum_j p_j = 1
 

@@ -83,7 +83,8 @@ def gradients(
     form: Scores, x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needed: tuple[bool, bool, bool],
     chosen: Rounds,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As backward.run. The gradients of keys and values are summed in float32, in the order of the parts."""
+    """As backward.run. The gradients of keys and values are what each part rounds, summed in float32 in the parts'
+    order."""
     do = do if do.stride(3) == 1 else do.contiguous()
     with torch.cuda.device_of(x.q):
         top, delta = backward.prepared(o, lse, do, dlse)

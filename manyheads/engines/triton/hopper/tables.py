@@ -2,7 +2,8 @@
 
     table = table_of(program, x, (128, keys), operands)     # None stands for all tiles
 
-Where all that a mask reads is known here, the map of tiles is made on the CPU, and kept; else by kernels, see maps.py.
+Where all that a mask reads is known here and tiles are not too many, their map is made on the CPU; else by kernels, see
+maps.py. Either is kept.
 """
 
 from __future__ import annotations
