@@ -66,7 +66,6 @@ def emulated(monkeypatch):
         )
 
     monkeypatch.setattr(launching.Kernel, "run", run)
-    monkeypatch.setattr(backward, "run_all", lambda calls: [kernel.run(*rest) for kernel, *rest in calls])
     monkeypatch.setattr(backward.rows, "rows", emulator.Kernel(modules["rows"].rows))
 
 

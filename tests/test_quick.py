@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import threading
 from collections import namedtuple
 from functools import cache
 from types import SimpleNamespace
@@ -233,40 +232,6 @@ def test_finds_the_kernel_that_triton_finds(recorder):
     assert len(functions) == len(caches) > 100
     assert same(recorder, small, 3, (whole, 2, 3, 0.5, None, True, 8), num_warps=2)[4] not in functions
     assert same(recorder, small, 3, (whole, 2, 3, 0.5, None, False, 8), num_warps=1)[4] not in functions
-
-
-def test_kernels_are_compiled_side_by_side(recorder, monkeypatch):
-    @triton.jit
-    def another(target, SIZE: tl.constexpr):
-        tl.store(target + tl.arange(0, SIZE), tl.arange(0, SIZE).to(tl.float32))
-
-    seen, both = [], threading.Barrier(2)
-
-    def watched(entry):
-        real = entry.run
-
-        def run(*arguments, **options):
-            if options["warmup"] and all(entry is not other for other, _ in seen):
-                seen.append((entry, threading.get_ident()))
-                both.wait(60)  # for the other one
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(entry, "run", run)
-
-    watched(small)
-    watched(another)
-    given = torch.zeros(64), 2, 3, 0.5, None, True, 8
-    calls = [(small, given), (another, (torch.zeros(64), 64)), (small, (*given[:-1], 16))]
-    quick.compile_together(calls, num_warps=1)
-    assert len({threading.get_ident(), *(thread for _, thread in seen)}) == 3 and not recorder.launches
-    compiled = {entry: len(entry.device_caches[0][0]) for entry in (small, another)}
-    for entry, arguments in calls:
-        quick.launch(entry, 1, arguments, num_warps=1)
-    assert compiled == {entry: len(entry.device_caches[0][0]) for entry in (small, another)} == {small: 2, another: 1}
-    seen.clear()
-    quick.compile_together(calls, num_warps=1)
-    quick.compile_together([(small, given)], num_warps=2)
-    assert not seen, "they are known, or alone"
 
 
 def test_settings_of_triton_are_looked_at(recorder, monkeypatch):

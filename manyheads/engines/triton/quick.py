@@ -11,9 +11,7 @@ compiled, and it encodes descriptors anew each time.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -94,25 +92,6 @@ def _kind(
         *_types(entry, count)(rest),
     )  # fmt: skip
     return key, boxes, rest
-
-
-def compile_together(calls: Sequence[tuple[Any, Sequence[Any]]], **options: Any) -> None:
-    """What `launch` would have to compile for these entries and arguments, side by side: nine tenths of the time Triton
-    is in LLVM or waits for ptxas, and lets other threads go on."""
-    active: Any = driver.active
-    device, new = active.get_current_device(), defaultdict(list)
-    for entry, arguments in calls:
-        if why_not(entry) is None and _kind(entry, device, arguments, options)[0] not in _KNOWN:
-            new[entry].append(_described(arguments))
-
-    def compile_all(entry: Any) -> None:
-        active.set_current_device(device)  # each thread has its own
-        for given in new[entry]:
-            entry.run(*given, grid=(1,), warmup=True, **options)
-
-    if len(new) > 1:
-        with ThreadPoolExecutor(len(new)) as pool:
-            list(pool.map(compile_all, new))
 
 
 def _described(arguments: Sequence[Any]) -> list[Any]:

@@ -26,7 +26,6 @@ from manyheads.engines.triton.hopper.launching import (
     kind_of,
     masked,
     places,
-    run_all,
     source_of,
     wide,
 )
@@ -139,16 +138,14 @@ def products(
         call = _Call(form, x, do, top, delta, chosen)
         dq = _queries(call, queries_tiling or queries_tiling_of(x)) if needed[0] else None
         dk, dv = _keys(call, keys_tiling or keys_tiling_of(form, x, chosen), needed[1], needed[2])
-        run_all(call.launches)
     return dq, dk, dv
 
 
 class _Call:
-    """What both kernels take, and what is to be launched, which waits for the last of it."""
+    """What both kernels take."""
 
     def __init__(self, form: Scores, x: Inputs, do: Tensor, top: Tensor, delta: Tensor, chosen: Tiles | None):
         self.chosen, self.form, self.x, self.do, self.top, self.delta = chosen, form, x, do, top, delta
-        self.launches: list[Any] = []
         self.operands = position_operands(form, x)
         plain = not (form.program.has_mask or form.program.has_score or x.ragged)
         self.source = None if plain else source_of(form, x, FUNCTIONS)
@@ -186,7 +183,7 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
                 *call.steps(table, parts * tiles), *call.numbers, call.bits, q_stages, do_stages,
                 *call.kinds(table, x.q_len % queries != 0), *which, late, halves, *call.block_sizes,
             )  # fmt: skip
-            call.launches.append((KEYS, x.batch * x.kv_heads * tiles, own, call.source, call.arguments))
+            KEYS.run(x.batch * x.kv_heads * tiles, own, call.source, call.arguments)
     return dk if needs_dk else None, dv if needs_dv else None
 
 
@@ -199,7 +196,7 @@ def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
         descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers,
         call.bits, k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
     )  # fmt: skip
-    call.launches.append((QUERIES, x.batch * x.heads * tiles, own, call.source, call.arguments))
+    QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
     return dq
 
 

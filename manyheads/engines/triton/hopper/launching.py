@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,16 +37,11 @@ class Kernel:
     functions: tuple[str, ...]
 
     def run(self, programs: int, own: tuple[Any, ...], source: Source | None, arguments: tuple[Any, ...]) -> None:
-        entry, given = self.given(own, source, arguments)
-        quick.launch(entry, programs, given, **OPTIONS)
-
-    def given(
-        self, own: tuple[Any, ...], source: Source | None, arguments: tuple[Any, ...]
-    ) -> tuple[Any, tuple[Any, ...]]:
-        """What is launched, and what with."""
         if source is None:
-            return getattr(self.module, self.name), (*own, None, *(None for _ in self.functions))
-        return self.entry(source), (*own, *arguments)
+            entry, given = getattr(self.module, self.name), (*own, None, *(None for _ in self.functions))
+        else:
+            entry, given = self.entry(source), (*own, *arguments)
+        quick.launch(entry, programs, given, **OPTIONS)
 
     def entry(self, source: Source) -> Any:
         key = self.name, source.text
@@ -55,13 +49,6 @@ class Kernel:
             at = f"{self.module.__name__}:{self.name}"
             _ENTRIES[key] = source.entry(at, self.own, self.functions, self.fixed)
         return _ENTRIES[key]
-
-
-def run_all(calls: Sequence[tuple[Any, ...]]) -> None:
-    """Runs kernels, each with what Kernel.run takes behind it, of which none needs what another one gives."""
-    quick.compile_together([kernel.given(*rest) for kernel, _, *rest in calls], **OPTIONS)
-    for kernel, *rest in calls:
-        kernel.run(*rest)
 
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
