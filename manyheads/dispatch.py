@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.core.alike import alike
+from manyheads.core.alike import alike, keep_latest
 from manyheads.core.checks import build_inputs
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs
@@ -93,11 +92,14 @@ def attention(
     inner = form.scores if isinstance(form, Selection) else form
     if return_lse and isinstance(inner, Scores) and not inner.has_lse:
         raise ValueError(f"return_lse is for weights exp(score - lse); the normaliser {inner.normaliser!r} has no lse")
-    chosen = _choose(form, x, engine, return_lse)
-    run = partial(_run_parts, engine=engine) if isinstance(form, Sum) else _load(chosen.engine).run
+    if isinstance(form, Sum):  # whose parts choose
+        run, repeat = partial(_run_parts, engine=engine), None
+    else:
+        chosen = _choose(form, x, engine, return_lse).engine
+        run, repeat = _load(chosen).run, REPEAT.get(chosen)
     o, second = run_rows(run, form, x) if x.ragged and whole_rows_only(form) else run(form, x)
-    if key is not None and chosen.engine in REPEAT and not isinstance(form, Sum):
-        _keep(key, REPEAT[chosen.engine](form, x))
+    if key is not None and repeat is not None and (again := repeat(form, x)) is not None:
+        keep_latest(_KNOWN, key, again)
     return (o, second) if return_lse or return_state else o
 
 
@@ -200,8 +202,6 @@ for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_resul
 # Of q, k, v and the operands in the order in which they were given; None: not this time.
 Again = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None]
 REPEAT: dict[str, Callable[[Form, Inputs], Again | None]] = {"triton": triton.again, "sdpa": sdpa.again}
-CALLS = 512  # kinds of calls that are kept
-LOCK = Lock()
 _KNOWN: dict[Any, Again] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)  # not what is derived from them
 _NAMES = (int, float, bool, str, type(None))
@@ -242,11 +242,3 @@ def _watched() -> bool:
     inside: Any = torch._C
     modes = inside._len_torch_function_stack() or inside._len_torch_dispatch_stack()
     return bool(modes) or inside._functorch.peek_interpreter_stack() is not None
-
-
-def _keep(key: tuple[Any, ...], again: Again | None) -> None:
-    if again is not None:
-        with LOCK:
-            _KNOWN[key] = again
-            while len(_KNOWN) > CALLS:
-                del _KNOWN[next(iter(_KNOWN))]

@@ -7,7 +7,7 @@ import torch
 
 import manyheads
 from manyheads import attention, dispatch, explain
-from manyheads.core import Scores, Selection
+from manyheads.core import Scores, Selection, alike
 from manyheads.engines import eager, sdpa
 
 
@@ -419,7 +419,7 @@ def test_who_watches_torch_sees_all(again):
 
 
 def test_no_more_calls_are_kept_than(again, monkeypatch):
-    monkeypatch.setattr(dispatch, "CALLS", 3)
+    monkeypatch.setattr(alike, "CALLS", 3)
     for n in range(1, 7):
         attention(*torch.randn(3, 1, 2, n, 16))
     assert len(dispatch._KNOWN) == 3

@@ -14,6 +14,7 @@ pytest.importorskip("triton.experimental.gluon")
 from test_quick import FORMS, inputs, recorder  # noqa: F401  a fixture
 from triton import knobs
 
+from manyheads.core import alike
 from manyheads.core.forms import Operand, Scores
 from manyheads.engines.triton import hopper, launch, replay
 from manyheads.engines.triton.hopper import backward, forward, tables
@@ -271,7 +272,7 @@ def test_hooks_see_every_launch(recorder, computed):  # noqa: F811
 
 
 def test_no_more_calls_are_kept_than(computed, monkeypatch):
-    monkeypatch.setattr(replay, "CALLS", 3)
+    monkeypatch.setattr(alike, "CALLS", 3)
     for length in range(128, 134):
         settled(FORMS["causal"], inputs(length, length))
     assert len(replay._KNOWN) == 3

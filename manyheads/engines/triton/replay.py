@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from manyheads.core.alike import alike
+from manyheads.core.alike import alike, keep_latest
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
 from manyheads.engines.triton import quick
-
-CALLS = 512  # kinds of calls that are kept, the latest
 
 Key = tuple[Any, ...]
 Made = tuple[Tensor | None, ...]
@@ -56,10 +53,7 @@ def replayed(
         made = compute()
     call = call_of(seen, given, made, captured, still())
     if call is not None:
-        with LOCK:
-            _KNOWN[key] = call
-            while len(_KNOWN) > CALLS:
-                del _KNOWN[next(iter(_KNOWN))]
+        keep_latest(_KNOWN, key, call)
     return made
 
 
@@ -68,7 +62,6 @@ def known(key: Key | None) -> Call | None:
 
 
 _KNOWN: dict[Key, Call] = {}
-LOCK = Lock()  # backward passes have threads of their own
 
 
 @dataclass(frozen=True, eq=False)
