@@ -118,7 +118,7 @@ def _recurrences(found: list[Row]) -> list[str]:
     engines = [e for e in names if any(r["engine"] == e for r in timed)]
     head = ["case", "shape", "pass", *(names[e] for e in engines), "GB/s", "of fla"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 3)]
-    key = lambda r: (r["case"], r["shape"], ("forward", "backward", "step").index(r["pass"]))  # noqa: E731  sort, group
+    key = lambda r: (r["case"], _sizes(r), ("forward", "backward", "step").index(r["pass"]))  # noqa: E731  sort, group
     for _, group in groupby(sorted(timed, key=key), key=key):
         same = {r["engine"]: r for r in group}
         if "ours" not in same:
@@ -129,7 +129,42 @@ def _recurrences(found: list[Row]) -> list[str]:
         own = [ours["case"], ours["shape"].replace("x", " × "), ours["pass"], *spent, str(ours["gbs"]), ratio]
         lines.append(f"| {' | '.join(own)} |")
     failed = [r for r in found if "failed" in r]
-    return [*lines, "", *(f"- {names[r['engine']]} on {r['case']}, {r['shape']}: {r['failed']}" for r in failed)]
+    told = [f"- {names[r['engine']]} on {r['case']}, {r['shape']}: {r['failed']}" for r in failed]
+    return [*lines, "", *_crossings(timed), *told]
+
+
+def _sizes(row: Row) -> tuple[int, int]:
+    """Batch and length."""
+    batch, length = row["shape"].split("x")
+    return int(batch), 1024 * int(length[:-1]) if length.endswith("k") else int(length)
+
+
+def _crossings(timed: list[Row]) -> list[str]:
+    """The least of the lengths from which on a recurrence of one row takes less time than softmax attention."""
+    lines = []
+    for which in ("forward", "backward"):
+        single = [r for r in timed if r["pass"] == which and _sizes(r)[0] == 1]
+        ours, theirs = (
+            {(r["case"], _sizes(r)[1]): _least(r) for r in single if r["engine"] == engine}
+            for engine in ("ours", "cudnn")
+        )
+        slow, first = set[str](), dict[str, int]()
+        for case, length in sorted(ours.keys() & theirs.keys(), reverse=True):
+            if ours[case, length] >= theirs[case, length]:
+                slow.add(case)
+            elif case not in slow:
+                first[case] = length
+        if first:
+            told = ", ".join(f"{case} {length // 1024}k" for case, length in sorted(first.items()))
+            lines.append(
+                f"- Faster {which} than cuDNN's softmax attention from a length on, of those measured: {told}."
+            )
+    return lines
+
+
+def _least(row: Row) -> float:
+    """Milliseconds, without the host's where that is known."""
+    return row.get("graph_ms") or row["median_ms"]
 
 
 def _spent(row: Row) -> str:

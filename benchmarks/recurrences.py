@@ -36,7 +36,9 @@ from manyheads.engines import triton as kernels
 K = 1024
 BOUND = 2e-2  # relative error of bfloat16 outputs and gradients; 3e-3 is usual, a correction's are a few times that
 HEADS, HEAD_DIM = 16, 128
-SHAPES = {"1x16k": (1, 16 * K), "1x64k": (1, 64 * K), "4x16k": (4, 16 * K)}
+LENGTHS = {f"1x{n}k": (1, n * K) for n in (1, 4, 16, 64, 256, 1024)}
+SHAPES = {**LENGTHS, "4x16k": (4, 16 * K)}
+QUADRATIC = 256 * K  # tokens beyond which softmax attention is not waited for
 BATCHES = (1, 64)  # of which one more token is computed
 PASSES = (*attention.PASSES, "step")
 STEP, CHANNEL = Operand("batch heads len"), Operand("batch heads len head_dim")
@@ -199,6 +201,8 @@ def timed(
         leaves = {name: turned(t).requires_grad_() for name, t in leaves.items()}
         do = turned(do)
     if peer == "cudnn":
+        if SHAPES[row["shape"]][1] > QUADRATIC:
+            return
         leaves = {name: leaves[name] for name in "qkv"}
     run, start = PEERS[peer](case), time.perf_counter()
     if run is None:
@@ -222,7 +226,7 @@ def timed(
             del grads
         memory, times = attention.beyond(call), attention.measured(call, seconds)
         count = fewest_bytes(leaves, which)
-        graph = {"graph_ms": attention.graphed(call, seconds)} if which == "forward" and peer != "cudnn" else {}
+        graph = {"graph_ms": attention.graphed(call, seconds)} if which == "forward" else {}
         yield {
             **row, "pass": which, "beyond_mib": memory, **times, **graph, "gbs": round(count / times["median_ms"] / 1e6)
         }  # fmt: skip

@@ -1,27 +1,31 @@
-"""Measure how much of dense attention's softmax mass every training-free sparse mechanism keeps, and at what price.
+"""Measure how much of dense attention's softmax mass every training-free sparse mechanism keeps, what that costs, and
+what a model loses by it.
 
     python -m experiments.mass                                  all of them, from the top of the repository
     python -m experiments.mass moba flexprefill --tokens 1024   some of them
     python -m experiments.mass --device cuda
 
-Each mechanism is run with several settings on a model's own queries, keys and values, and on planted patterns. Rows
-that are in the file already are skipped, so that a run which was cut off goes on. `python docs/generate.py` writes
-docs/sparse.md from them.
+Each mechanism is run with several settings on a model's own queries, keys and values, in all layers of the model as it
+reads a text, and on planted patterns. Rows that are in the file already are skipped, so that a run which was cut off
+goes on. `python docs/generate.py` writes docs/sparse.md from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments.jobs import chip
 from experiments.kept import (
@@ -38,16 +42,17 @@ from experiments.kept import (
 )  # fmt: skip
 from experiments.planted import PATTERNS, planted
 from experiments.run import RESULTS, read
-from manyheads import attention
+from manyheads import apply, attention
 from manyheads.core.forms import Form, Selection
 from manyheads.core.tiling import choose
-from manyheads.evaluate.measure import timed
+from manyheads.evaluate import measure
 from manyheads.mechanisms import get, names
 
 Settings = Mapping[str, Any]
-MODEL = "model"  # the name of the data that are a model's own
+MODEL, TEXT = "model", "text"  # the data that are a model's own: its attention, and what it reads
 REPEATS = 5  # of each timing, of which the fastest counts: what else a machine does makes calls slower, never faster
 SHORTEST = 256  # tokens
+PART = 256  # tokens whose distributions are held at once
 
 # What turns a mechanism from few pairs to many, for n tokens: all combinations, on top of its settings for n. Those
 # that are not here run with their settings for n alone.
@@ -117,32 +122,56 @@ def times(name: str, given: Settings, dense: Dense) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {"attend_ms": lambda: attention(dense.q, dense.k, dense.v, fixed)}
     if isinstance(form, Selection):
         calls["choose_ms"] = lambda: choose(form, dense.inputs(form))
-    runs = {key: [timed(call, dense.q.device)[1] for _ in range(REPEATS + 1)][1:] for key, call in calls.items()}
-    return {key: 1000 * min(seconds) for key, seconds in runs.items()}
+
+    def fastest(call: Callable[[], Any]) -> float:
+        return min([measure.timed(call, dense.q.device)[1] for _ in range(REPEATS + 1)][1:])
+
+    return {key: 1000 * fastest(call) for key, call in calls.items()}
 
 
-def of_model(tokens: int, layers: list[int], device: str) -> list[Dense]:
-    """Attention of layers of SmolLM2-135M-Instruct that reads the start of Python's documentation."""
+@cache
+def reader(tokens: int, device: str) -> tuple[Any, Tensor]:
+    """SmolLM2-135M-Instruct, and the start of Python's documentation, [1, tokens]."""
     from manyheads.evaluate import models, texts
-    from manyheads.integrations.capture import queries_keys_and_values
 
     loaded = models.load(device=device)
     ids = loaded.tokenizer(texts.read().content, add_special_tokens=False, verbose=False).input_ids[:tokens]
-    found = queries_keys_and_values(loaded.model, torch.tensor([ids], device=device), layers)
+    return loaded.model, torch.tensor([ids], device=device)
+
+
+def of_model(tokens: int, layers: list[int], device: str) -> list[Dense]:
+    """Attention of some layers of a model that reads a text."""
+    from manyheads.integrations.capture import queries_keys_and_values
+
+    found = queries_keys_and_values(*reader(tokens, device), layers)
     return [Dense(*found[layer]) for layer in layers]
+
+
+def perplexity(name: str, given: Settings, tokens: int, device: str) -> float:
+    """Of the whole text, read with a mechanism in all layers of the model."""
+    model, ids = reader(tokens, device)
+    with apply(model, name, **given):
+        hidden, _ = measure.prefill(model, ids)
+    parts = zip(hidden[0, :-1].split(PART), ids[0, 1:, None].split(PART), strict=True)
+    losses = [-measure.log_probs(model, part).gather(-1, following) for part, following in parts]
+    return math.exp(torch.cat(losses).double().mean())
 
 
 def rows(left: list[dict[str, Any]], device: str) -> Iterator[dict[str, Any]]:
     """The rows of jobs, which name data, mechanism, settings, tokens and layers. Jobs on one kind of data are a run."""
     data, parts = "", []
     for job in left:
+        of, tokens = (job["mechanism"], job["settings"]), job["tokens"]
         if job["data"] != data:
             data = job["data"]
-            model = data == MODEL
-            parts = of_model(job["tokens"], job["layers"], device) if model else [planted(data, job["tokens"], device)]
-        row = measured(job["mechanism"], job["settings"], parts)
-        if data == MODEL:
-            row |= times(job["mechanism"], job["settings"], parts[0])
+            if data in PATTERNS:
+                parts = [planted(data, tokens, device)]
+            elif data == MODEL:
+                parts = of_model(tokens, job["layers"], device)
+        if data == TEXT:
+            row = {"perplexity": perplexity(*of, tokens, device)}
+        else:
+            row = measured(*of, parts) | (times(*of, parts[0]) if data == MODEL else {})
         yield {"experiment": "mass", **job, "torch": torch.__version__, "threads": torch.get_num_threads(), **row}
 
 
@@ -152,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="mechanisms; all that are training-free if none is given")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 11, 18, 26], help="of the model's 30")
-    parser.add_argument("--data", nargs="+", default=[MODEL, *PATTERNS], choices=[MODEL, *PATTERNS])
+    parser.add_argument("--data", nargs="+", default=[MODEL, TEXT, *PATTERNS], choices=[MODEL, TEXT, *PATTERNS])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--results", type=Path, default=RESULTS / "mass.jsonl")
     given = parser.parse_args(arguments)
@@ -176,9 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
         for count, row in enumerate(rows(left, given.device), 1):
             print(json.dumps(row), file=file, flush=True)
             passed = time.monotonic() - start
-            about = f"{row['data']}, {row['mechanism']}: {row['mass']:.3f} of the mass in {row['density']:.3f}"
+            if row["data"] == TEXT:
+                about = f"perplexity {row['perplexity']:.3f}"
+            else:
+                about = f"{row['mass']:.3f} of the mass in {row['density']:.3f}"
             remaining = passed / count * (len(left) - count)
-            print(f"[{count}/{len(left)}, {passed:.0f} s, {remaining:.0f} s left] {about}", flush=True)
+            where = f"{row['data']}, {row['mechanism']}"
+            print(f"[{count}/{len(left)}, {passed:.0f} s, {remaining:.0f} s left] {where}: {about}", flush=True)
     print(f"{len(left)} rows measured, {len(jobs) - len(left)} were there.")
     return 0
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from experiments.mass import MODEL, able, as_text, settings
+from experiments.mass import MODEL, TEXT, able, as_text, settings
 from experiments.run import RESULTS, read
 
 SHARES = {"a twentieth": 1 / 20, "a tenth": 1 / 10, "a quarter": 1 / 4, "a half": 1 / 2}
 Row = Mapping[str, Any]
-Line = list[tuple[float, float]]  # density and mass, in the order of density
+Line = list[tuple[float, float]]  # density and mass, or density and perplexity, in the order of density
 BOUNDS = ("oracle", "random")
 
 
@@ -43,9 +43,27 @@ def lines(found: Iterable[Row]) -> dict[str, Line]:
     return made | bounds
 
 
+def perplexities(found: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """Of the model that reads a text with a mechanism in it, by mechanism and settings."""
+    return {_setup(row): row["perplexity"] for row in found if row["data"] == TEXT}
+
+
+def losses(found: list[dict[str, Any]]) -> dict[str, Line]:
+    """A line of perplexities for each mechanism, over the density that it has on the model's own attention."""
+    known, made = perplexities(found), dict[str, Line]()
+    for row in found:
+        if row["data"] == MODEL and _setup(row) in known:
+            made.setdefault(row["mechanism"], []).append((row["density"], known[_setup(row)]))
+    return {name: sorted(line) for name, line in made.items()}
+
+
+def _setup(row: Row) -> tuple[str, str]:
+    return row["mechanism"], as_text(row["settings"])
+
+
 def at(line: Line, density: float) -> float | None:
-    """The mass at a density: between two settings as on a straight line over the logarithm; None below all settings,
-    and above all of them what the greatest keeps."""
+    """The mass at a density, or the perplexity: between two settings as on a straight line over the logarithm; None
+    below all settings, and above all of them what the greatest has."""
     if density < line[0][0]:
         return None
     for (low, less), (high, more) in pairwise(line):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.kept import why_not
-from experiments.mass import KNOBS, MODEL, REPEATS, able, settings
-from experiments.mass_lines import BOUNDS, SHARES, Line, at, lines, ranked
+from experiments.mass import KNOBS, MODEL, REPEATS, able, as_text, settings
+from experiments.mass_lines import BOUNDS, SHARES, Line, at, lines, losses, perplexities, ranked
 from experiments.planted import PATTERNS
 from manyheads.mechanisms import get, names
 
@@ -28,8 +28,10 @@ keys and values of a trained model, with settings from few pairs to many. `pytho
 - **oracle**: the same number of pairs for each query, those with the greatest weights. No choice holds more.
 - **random**: the same number of pairs in blocks of 32, each query's own block and any others before it.
 
-Mass says how much of dense attention a choice finds, not what a model loses by it: perplexity is measured by
-`manyheads compare`, and so is speed in a model.
+- **perplexity**: of the model, on the text, with the mechanism in all of its layers.
+
+Mass says how much of dense attention a choice finds, perplexity what the model loses by what it does not find.
+`manyheads compare` measures both for any model and text, with the time and the memory that a whole model takes.
 """
 NOTHING = "There are no results yet.\n"
 
@@ -55,13 +57,17 @@ def page(found: list[dict[str, Any]], picture: str = "sparse.svg") -> str:
             "",
             f"![Mass against density]({picture})",
             "",
+            "## Perplexity at equal density",
+            "",
+            *_read(found),
+            "",
             "## Planted patterns",
             "",
             *_patterns(found),
             "",
             "## All settings",
             "",
-            *_all(own),
+            *_all(own, perplexities(found)),
             "",
             "## Left out",
             "",
@@ -80,8 +86,8 @@ def _marked(name: str) -> str:
     return f"`{name}`{' †' * bool(get(name).sees_future)}"
 
 
-def _shown(mass: float | None) -> str:
-    return "–" if mass is None else f"{mass:.3f}"
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _equal(of: Mapping[str, Line]) -> list[str]:
@@ -99,6 +105,17 @@ def _equal(of: Mapping[str, Line]) -> list[str]:
     )
     future = "†: no later key is looked at, but which keys are chosen depends on later tokens."
     return [text, about, future, "", *_table(["mass with", *SHARES], body)]
+
+
+def _read(found: list[dict[str, Any]]) -> list[str]:
+    of = losses(found)
+    dense = next((line[-1][1] for name, line in of.items() if name == "causal"), None)
+    sparse = {name: line for name, line in of.items() if line[0][0] < 1}
+    if not sparse:
+        return [NOTHING]
+    order = sorted(sparse, key=lambda name: at(of[name], SHARES["a quarter"]) or float("inf"))
+    body = [[_marked(name), *(_shown(at(of[name], share), 2) for share in SHARES.values())] for name in order]
+    return [f"Dense attention: {_shown(dense, 2)}.", "", *_table(["perplexity with", *SHARES], body)]
 
 
 def _patterns(found: list[dict[str, Any]]) -> list[str]:
@@ -120,9 +137,9 @@ def _patterns(found: list[dict[str, Any]]) -> list[str]:
     return [f"{text} {told}", "", *_table(["", *of], body)]
 
 
-def _all(own: list[dict[str, Any]]) -> list[str]:
+def _all(own: list[dict[str, Any]], read: Mapping[tuple[str, str], float]) -> list[str]:
     head = [
-        "mechanism", "density", "mass", "worst", "oracle", "random", "error", "oracle's error",
+        "mechanism", "density", "mass", "worst", "oracle", "random", "error", "oracle's error", "perplexity",
         "ms choosing", "ms attending",
     ]  # fmt: skip
     body = []
@@ -133,7 +150,8 @@ def _all(own: list[dict[str, Any]]) -> list[str]:
         numbers = [row[key] for key in ("density", "mass", "worst", "oracle_mass", "random_blocks_mass")]
         errors = [f"{row[key]:.3f}" for key in ("error", "oracle_error")]
         times = [f"{row[key]:.1f}" if key in row else "–" for key in ("choose_ms", "attend_ms")]
-        body.append([f"`{row['mechanism']}({turned})`", *map(_shown, numbers), *errors, *times])
+        lost = _shown(read.get((row["mechanism"], as_text(base))), 2)
+        body.append([f"`{row['mechanism']}({turned})`", *map(_shown, numbers), *errors, lost, *times])
     held = {row["mechanism"]: row["settings"] for row in own}
     fixed = []
     for name, given in held.items():

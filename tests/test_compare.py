@@ -34,9 +34,10 @@ def test_measures_every_row(done):
         assert 1 < row["quality"]["perplexity"] < 1000
         assert len(row["quality"]["needle"]) == 8
     assert dense["quality"]["kl"] < 1e-6 and dense["quality"]["perplexity_ratio"] == 1
-    assert dense["density"] == pytest.approx(1)
+    assert dense["density"] == pytest.approx(1) and dense["mass"] == pytest.approx(1)
     # 64 of 256 keys and four sinks: a fifth to a half of the causal pairs.
-    assert 0.2 < window["density"] < 0.5 and window["quality"]["kl"] > 1e-3 and window["label"] == "masked"
+    assert 0.2 < window["density"] < 0.5 and window["density"] < window["mass"] < 1
+    assert window["quality"]["kl"] > 1e-3 and window["label"] == "masked"
     assert window["memory"]["cache_bytes"] == dense["memory"]["cache_bytes"]
     # A quarter of the keys, and the positions that say where they stood.
     assert snapkv["label"] == "freed"

@@ -26,6 +26,7 @@ from experiments.kept import (
 from experiments.planted import PATTERNS, PLANTED, planted
 from manyheads import attention, get
 from manyheads.core import Scores
+from manyheads.evaluate.looked import looked
 
 ABLE = mass.able(2048)
 
@@ -76,8 +77,12 @@ def test_pairs_are_what_a_mechanism_attends_to(name):
         if given.get("causal", True):
             pairs = kept(settled(form, dense), dense)
             o = attention(dense.q, dense.k, dense.v, form)
-            torch.testing.assert_close(attend(dense, pairs)[1], o, rtol=1e-10, atol=1e-10)
+            masses, its = attend(dense, pairs)
+            torch.testing.assert_close(its, o, rtol=1e-10, atol=1e-10)
             assert not pairs.triu(1).any()
+            seen = looked(form, dense.q, dense.k)
+            assert seen is not None
+            assert (seen.density, seen.mass) == pytest.approx((density(pairs), sum(masses) / 4), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in ABLE if get(name).laws])
@@ -160,15 +165,17 @@ def found(tmp_path_factory):
     layers = [Dense(*(2 * torch.randn(1, 3, 256, 16) for _ in range(3))) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mass, "of_model", lambda tokens, layers_, device: layers)
+        # A reader that is less surprised the more it sees: what a line of perplexities is made of is known.
+        patch.setattr(mass, "perplexity", lambda name, given, tokens, device: 20 - given.get("window", 256) / 32)
         given = ["moba", "sliding_window", "causal", "--tokens", "256", "--results", str(path), "--data"]
-        assert mass.main([*given, "stripes"]) == 0 == mass.main([*given, "model", "stripes"])
+        assert mass.main([*given, "stripes"]) == 0 == mass.main([*given, "model", "text", "stripes"])
     return path
 
 
 def test_a_run_that_was_cut_off_goes_on(found, capsys):
     rows = [json.loads(line) for line in found.read_text().splitlines()]
     jobs = sum(len(mass.settings(name, 256)) for name in ("moba", "sliding_window", "causal"))
-    assert len(rows) == 2 * jobs == len({json.dumps([r["data"], r["mechanism"], r["settings"]]) for r in rows})
+    assert len(rows) == 3 * jobs == len({json.dumps([r["data"], r["mechanism"], r["settings"]]) for r in rows})
     assert mass.main(["moba", "--data", "stripes", "--tokens", "256", "--results", str(found)]) == 0
     assert f"0 rows measured, {len(mass.settings('moba', 256))} were there" in capsys.readouterr().out
     timed = [r for r in rows if "attend_ms" in r]
@@ -193,17 +200,31 @@ def test_a_page_is_made_of_rows(found, monkeypatch):
     text = mass_page.page(rows, "lines.svg")
     assert "![Mass against density](lines.svg)" in text and "`landmark_attention`: needs training." in text
     assert "`flexprefill`: not measured yet." in text and "| `moba` |" in text and "`moba`: not measured" not in text
-    equal, patterns, every = (re.findall(r"^\| `(\w+)", part, re.M) for part in text.split("\n## ")[1:4])
-    assert sorted(equal) == ["moba", "sliding_window"] == sorted(patterns)
-    assert len(every) == len(rows) / 2
+    equal, read, patterns, every = (re.findall(r"^\| `(\w+)", part, re.M) for part in text.split("\n## ")[1:5])
+    assert sorted(equal) == ["moba", "sliding_window"] == sorted(patterns) == sorted(read)
+    assert len(every) == len(rows) / 3
+    assert "Dense attention: 12.00." in text
     one = next(r for r in rows if r["mechanism"] == "sliding_window" and r["data"] == "model")
     cells = (
         rf"\| `sliding_window\(window={one['settings']['window']}\)` \| {one['density']:.3f} \| {one['mass']:.3f} \|"
+        rf".* \| {20 - one['settings']['window'] / 32:.2f} \| –"
     )
     assert re.search(cells, text)
+    line = mass_lines.losses(rows)["sliding_window"]
+    assert [loss for _, loss in line] == [20 - each["window"] / 32 for each in mass.settings("sliding_window", 256)]
     rows[0]["settings"] = {"window": 77}
     found.with_name("mass.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert len(mass_lines.rows()) == len(rows) - 1, "settings that nobody asks for any more are left out"
+
+
+def test_a_model_reads_with_a_mechanism_in_it():
+    """All pairs: the model's own loss. Few: more."""
+    model, ids = mass.reader(300, "cpu")
+    with torch.no_grad():
+        own = model(ids, labels=ids).loss.exp().item()
+        # float32; all positions at once there, PART of them at a time here
+        assert mass.perplexity("causal", {}, 300, "cpu") == pytest.approx(own, rel=1e-4)
+        assert mass.perplexity("sliding_window", {"window": 8}, 300, "cpu") > 1.2 * own
 
 
 def test_the_picture_has_a_line_for_each_mechanism(found):
@@ -214,3 +235,10 @@ def test_the_picture_has_a_line_for_each_mechanism(found):
 
 def test_without_results_the_page_says_so():
     assert mass_page.NOTHING in mass_page.page([]) and "<polyline" not in mass_lines.picture([])
+
+
+def test_mass_is_that_of_causal_attention_for_later_keys_and_later_queries_too():
+    dense = some(40)
+    ahead = Scores(mask=lambda b, h, i, j: (j > i) | (j == 0))
+    seen = looked(ahead, dense.q[:, :, 30:], dense.k)
+    assert seen is not None and seen.mass == pytest.approx(dense.weights[:, :, 30:, 0].mean().item(), rel=1e-12)

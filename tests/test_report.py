@@ -38,6 +38,7 @@ def row(name, kind="mechanism", label="masked", ratio=1.02, found=7, prefill=3.0
         "summary": f"What {name} is.",
         "engine": "sdpa",
         "density": None if kind == "policy" else 0.23,
+        "mass": None if kind == "policy" else 0.91,
         "use": ["import manyheads", f'manyheads.apply(model, "{name}")', "model.generate(...)"],
         "quality": {
             "perplexity": 16.2 * ratio,
@@ -245,7 +246,8 @@ def test_missing_figures_are_dashes_with_a_reason():
     for key in ("kl", "perplexity", "prefill", "decode"):
         assert (found[key]["text"], found[key]["why"], found[key]["below"]) == ("–", "not measured", "")
     assert found["cache"]["text"] == "47.2 MB" and found["cache"]["why"] == ""
-    assert cells(made(), "snapkv")["density"]["why"] == "a policy looks at all that it kept"
+    for key in ("density", "mass"):
+        assert cells(made(), "snapkv")[key]["why"] == "a policy looks at all that it kept"
     assert 'title="not measured"' in report.render(results)
     assert "NaN" not in Page(report.render(results)).data["charts"]
 
@@ -372,7 +374,7 @@ def test_tiles(tiles, drawn):
     results["rows"][1]["tiles"] = tiles
     found = next(t for t in report.view(results)["tiles"] if t["title"] == "moba")
     assert found["view"]["figure"]["data"][0]["z"] == drawn
-    assert found["caption"] == "saw 23 %"
+    assert found["caption"] == "saw 23 %, mass 91 %"
 
 
 @pytest.mark.parametrize(

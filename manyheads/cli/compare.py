@@ -133,7 +133,7 @@ def _results_table(results: dict[str, Any], width: int) -> Any:
     from manyheads.evaluate import report
 
     wide = width >= 100
-    keys = [key for key, *_ in report.COLUMNS if wide or key != "density"]
+    keys = [key for key, *_ in report.COLUMNS if wide or key not in ("density", "mass")]
     heads = {key: head for key, head, *_ in report.COLUMNS}
     table = Table(box=None, header_style="dim", padding=(0, 2 if wide else 1, 0, 0), pad_edge=False)
     table.add_column("attention", overflow="fold", min_width=14)

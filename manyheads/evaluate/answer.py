@@ -82,4 +82,5 @@ def _found(row: dict[str, Any], needles: int) -> str:
 
 def _device(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    return f"{machine['threads']} CPU threads" if machine["device"] == "cpu" else machine["device"]
+    threads = machine["threads"]
+    return f"{threads} CPU thread{'s' * (threads != 1)}" if machine["device"] == "cpu" else machine["device"]

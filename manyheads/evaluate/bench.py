@@ -136,9 +136,9 @@ def _engine(spec: Spec, model: Any, tensors: dict[int, tuple[Tensor, Tensor]]) -
 
 
 def _look(row: dict[str, Any], spec: Spec, tensors: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Density and tile map on the dense model's own q and k, of two layers since some mechanisms alternate."""
+    """Density, mass and tile map on the dense model's own q and k, of two layers since some mechanisms alternate."""
+    row["density"] = row["mass"] = None
     if spec.kind == "policy":
-        row["density"] = None
         return
     mechanism = get("causal" if spec.kind == "dense" else spec.name)
     maps = []
@@ -148,6 +148,7 @@ def _look(row: dict[str, Any], spec: Spec, tensors: dict[int, tuple[Tensor, Tens
     seen = [m for m in maps if m is not None]
     if seen:
         row["density"] = sum(m.density for m in seen) / len(seen)
+        row["mass"] = sum(m.mass for m in seen) / len(seen)
         row["tiles"] = torch.tensor([m.cells for m in seen]).mean(0).tolist()
 
 

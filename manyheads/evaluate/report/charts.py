@@ -61,10 +61,10 @@ def tile(row: Row) -> dict[str, Any]:
     figure.update_xaxes(visible=False, range=[-0.5, wide - 0.5])
     figure.update_yaxes(visible=False, range=[high - 0.5, -0.5])
     figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 0})
-    density = percent(row["values"]["density"])
+    density, mass = percent(row["values"]["density"]), percent(row["values"]["mass"])
     return {
         "title": row["title"],
-        "caption": f"saw {density}" if density else "share not measured",
+        "caption": f"saw {density}{f', mass {mass}' if mass else ''}" if density else "share not measured",
         "view": view("", figure, still=True),
     }
 

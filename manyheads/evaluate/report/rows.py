@@ -42,6 +42,7 @@ LABELS = {
 COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     # key, head, what it means, which way is better
     ("density", "saw", "Share of the keys a dense model looks at that were looked at", ""),
+    ("mass", "mass", "What the dense model's attention weights on these keys sum to", ""),
     ("perplexity", "perplexity", "Of the text after the prompt; lower is better", "low"),
     ("kl", "KL", "Divergence of the next token's distribution from that of dense, in nats; lower is better", "low"),
     ("needle", "needles", "Share of hidden facts that were answered; higher is better", "high"),
@@ -141,6 +142,7 @@ def _values(row: Row, dense: Row | None) -> dict[str, Any]:
     claims = not (row["label"] == "masked" and row["kind"] == "policy")
     return {
         "density": number(raw, "density"),
+        "mass": number(raw, "mass"),
         "perplexity": perplexity,
         "ratio": number(raw, "quality", "perplexity_ratio")
         or divide(perplexity, number(base, "quality", "perplexity")),
@@ -163,10 +165,11 @@ def _speeds(raw: Mapping[str, Any]) -> tuple[dict[str, float] | None, dict[str, 
 
 def _cells(row: Row, why: str) -> list[dict[str, Any]]:
     """A row's cells: a figure, a smaller line below it, and why there is none where there is none."""
-    v, policy = row["values"], row["kind"] == "policy"
+    v = row["values"]
+    unseen = "a policy looks at all that it kept" if row["kind"] == "policy" else why
     return [
-        _cell("density", percent(v["density"]), "", v["density"],
-              "a policy looks at all that it kept" if policy else why),
+        _cell("density", percent(v["density"]), "", v["density"], unseen),
+        _cell("mass", percent(v["mass"]), "", v["mass"], unseen),
         _cell("perplexity", figures(v["perplexity"]), _times(row), v["perplexity"], why),
         _cell("kl", figures(v["kl"], 2), "", v["kl"], why),
         _cell("needle", percent(v["needle"]), _found(row), v["needle"], why),

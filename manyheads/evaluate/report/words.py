@@ -72,6 +72,8 @@ def method(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     times = f"the median of {repeats} runs" if isinstance(repeats, int) and repeats > 1 else "one run"
     told = [
         ("Saw", "the share of query and key pairs that were computed, of those that plain causal attention computes."),
+        ("Mass", "what the softmax weights of dense attention on these pairs sum to, in the mean over queries and "
+         "heads of two layers in the middle of the model, on the model's own queries and keys."),
         ("Perplexity", "exp of the mean loss on the text that follows the prompt, where a cache policy has already "
          "dropped what it drops; × is the ratio to dense on the same tokens. It is the same at each run."),
         ("KL", "how far the next-token distribution is from that of the dense model on the same tokens, in nats: "
