@@ -35,6 +35,7 @@ from torch import Tensor
 
 from manyheads import attention
 from manyheads.core.checks import build_inputs
+from manyheads.core.forms import Operand, Recurrence
 from manyheads.engines import eager
 
 BOUND = 1e-2  # relative error of bfloat16 outputs and gradients; 3e-3 is usual
@@ -183,13 +184,15 @@ def anew(about: Case, run: Run, q: Tensor, k: Tensor, v: Tensor) -> dict[str, fl
 def overhead() -> Iterator[dict[str, Any]]:
     """Microseconds that a call takes on the host, when the kernel itself takes next to nothing, and that torch's own
     function takes beside it."""
-    q = torch.randn(1, 1, 128, 64, device="cuda", dtype=torch.bfloat16)
-    form = case("causal", 1, 128).form
-    calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: attention(q, q, q, form, engine="triton"),
-        "torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True),
+    q, g = torch.randn(1, 1, 128, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(1, 1, 128, device="cuda")
+    form, step = case("causal", 1, 128).form, Operand("batch heads len")
+    rule = Recurrence(write="delta", operands={"g": step, "beta": step})
+    calls: dict[tuple[str, str], Callable[[], Any]] = {
+        ("causal", "ours"): lambda: attention(q, q, q, form, engine="triton"),
+        ("causal", "torch"): lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True),
+        ("gated delta rule", "ours"): lambda: attention(q, q, q, rule, engine="triton", g=g, beta=g),
     }
-    for engine, call in calls.items():
+    for (name, engine), call in calls.items():
         spent = []
         for _ in range(9):
             torch.cuda.synchronize()
@@ -199,7 +202,8 @@ def overhead() -> Iterator[dict[str, Any]]:
             spent.append((time.perf_counter() - start) / 200 * 1e6)
             torch.cuda.synchronize()
         low, _, median, *_ = statistics.quantiles(spent[2:], n=6)
-        yield {"case": "host time of a call", "engine": engine, "low_us": round(low, 1), "median_us": round(median, 1)}
+        row = {"case": "host time of a call", "of": name, "engine": engine}
+        yield {**row, "low_us": round(low, 1), "median_us": round(median, 1)}
 
 
 # ---- rows and table ----

@@ -12,8 +12,9 @@ Lists are checked first: those of top-k equal those of torch operations where su
 for masses in float64.
 
 --builders windows stripes map: what infllm_v2 and flexprefill choose by, with their published sizes, and the cells of a
-whole map that hold a share of it. flexprefill infllm_v2 dhsa: their whole choices. Their rows have the milliseconds of
-choosing, as a CUDA graph too, and by torch operations up to 32k. All but dhsa's are checked first.
+whole map that hold a share of it; these are checked first, and timed by torch operations as well up to 32k.
+flexprefill infllm_v2 dhsa sale hip_attention: their whole choices. Rows have the milliseconds of choosing, as a CUDA
+graph too.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def check_cells(q: Tensor, k: Tensor) -> None:
 CHOICES: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "windows": (windows, check_windows), "stripes": (stripes, check_stripes), "map": (cells, check_cells),
 }  # fmt: skip
-WHOLE: dict[str, dict[str, Any]] = {"flexprefill": {}, "infllm_v2": {}, "dhsa": {"grain": 16}}
+WHOLE: dict[str, dict[str, Any]] = {
+    "flexprefill": {}, "infllm_v2": {}, "dhsa": {"grain": 16}, "sale": {}, "hip_attention": {"query_stride": 2},
+}  # fmt: skip
 
 
 def choice(shape: Shape, name: str, seconds: float) -> dict[str, Any]:

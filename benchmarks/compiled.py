@@ -313,8 +313,8 @@ LEFT_OUT = {  # what nobody asks for in a launch
 
 def recurrence_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     for writes in WRITES:
-        launches = [*LEFT_OUT, "gradients", *(["inner"] if "channels" in writes else [])]
-        launches += [*(["pairs"] if "channels" in writes else []), *(["solve"] if "delta" in writes else [])]
+        launches = [*LEFT_OUT, "gradients", *(["solve"] if "delta" in writes else [])]
+        launches += ["inner", "inner blocks", "pairs"] if "channels" in writes else []
         for launch in launches:
             for width in (64, 128, 256):
                 if not ("segments" in launch and "delta" in writes and width > 128):
@@ -333,11 +333,11 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     name = launch.split()[0]
     kernel = getattr(import_module(f"manyheads.engines.triton.chunked.kernels.{name}"), name)
     # As call.py has them.
-    alone = name == "solve"
-    tile = tables.Tile(0, 4, 1) if alone else tables.tile(name, 2, width, width, "channels" in writes)
+    blocks = launch == "inner blocks"
+    tile = tables.tile(launch if blocks else name, 2, width, width, "channels" in writes)
     constants: dict[str, Any] = {"D": width, "DV": width, "PD": width, "BV": tile.columns, "BK": tile.columns}
     constants |= {"C": tables.CHUNK[2], "CHANNELS": "channels" in writes, "KEEP": True, "EVEN": True, "UNIT": 1}
-    constants |= {"SIMULATED": False}
+    constants |= {"MODERATE": not blocks, "SIMULATED": False}
     read = {"A", "B", "T", "BETA", "K_OUT"}
     read |= set(() if "delta" in writes else ("U", "Z", "TRANSITION", "DBETA", "DB", "K_IN"))
     read |= set(() if "channels" in writes else ("DA", "DB"))
@@ -359,17 +359,108 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=tile.options)
 
 
+STATES = {"START": "*fp32", "END": "*fp32", "TRANSITION": "*fp32", "TOTALS": "*fp32", "FADES": "*fp32", "scale": "fp32"}
+
+
+def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Of recurrences on Hopper, in Gluon."""
+    whole, local = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), {"START": None}
+    for writes, (decays, corrects) in {"add": (True, False), "delta": (False, True), "gated": (True, True)}.items():
+        common = {"DECAYS": decays, "CORRECTS": corrects, "BACKWARDS": False, "OUTPUTS": False, "STATES": False}
+        own = {**local, **({} if decays else {"FADES": None}), **({} if corrects else {"TRANSITION": None})}
+        launches = {
+            "outputs": whole | {"OUTPUTS": True},
+            "states": whole | {"STATES": True, "END": None},
+            "segments": own,
+        }
+        for width in (64, 128):
+            for launch, constants in launches.items():
+                yield f"walk {launch} {writes} {width}", partial(walked, "walk", width, common | constants)
+            yield f"back {writes} {width}", partial(walked, "back", width, common | whole)
+            if corrects:
+                yield f"back segments {writes} {width}", partial(walked, "back", width, common | own)
+
+
+def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
+    """width: of keys; there are 128 values."""
+    from importlib import import_module
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from manyheads.engines.triton.chunked import hopper
+
+    def descriptor(*block: int) -> str:
+        kind, text = (gl.bfloat16, "bf16") if block != (1, 64) else (gl.float32, "fp32")
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
+        return f"tensordesc<{text}{list(block)},{layout!r}>".replace("'", "")
+
+    entry = getattr(import_module(f"manyheads.engines.triton.chunked.hopper.kernels.{name}"), name)
+    half = dict.fromkeys(("v", "out", "do", "z", "dv"), (1, 1, 64, hopper.HALF))
+    blocks = half | dict.fromkeys(("q", "k"), (1, 1, 64, width)) | dict.fromkeys(("g", "beta"), (1, 64))
+    blocks |= {"t": (64, 64), "states": (1, width, hopper.HALF)}
+    stages = hopper.STAGES if name == "walk" else hopper.BACK_STAGES
+    constants = {n: v for n, v in ({"DV": 128, "STAGES": stages} | constants).items() if n in entry.arg_names}
+    types = dict.fromkeys(entry.arg_names, "i32") | {f"{n}_desc": descriptor(*b) for n, b in blocks.items()}
+    types |= STATES | dict.fromkeys(constants, "constexpr")
+    types = {n: types[n] for n in entry.arg_names}
+    places = {n: (k,) for k, n in enumerate(entry.arg_names)}
+    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] == "*"}
+    made = GluonASTSource(entry, types, constexprs={places[n]: v for n, v in constants.items()}, attrs=aligned)
+    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options=hopper.OPTIONS)
+
+
+def gradient_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Those in Gluon."""
+    for writes in ("add", "delta"):
+        for width in (64, 128):
+            yield f"Hopper gradients {writes} {width}", partial(gradients, writes == "delta", width)
+
+
+def gradients(corrects: bool, width: int) -> Any:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from manyheads.engines.triton.chunked import tables
+    from manyheads.engines.triton.chunked.hopper.gradients import STAGES, kernels
+
+    kernel = kernels.gradients
+
+    def descriptor(rows: int) -> str:
+        block = [1, 1, rows, width]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        return f"tensordesc<bf16{block},{layout!r}>".replace("'", "")
+
+    types = {f"{name}_desc": descriptor(tables.CHUNK[2]) for name in ("z", "v", "u", "do", "q", "k", "dq", "dk")}
+    types |= {f"{name}_desc": descriptor(width) for name in ("s", "d")}
+    constants: dict[str, Any] = {"HEAD_DIM": width, "CORRECTS": corrects, "DECAYS": True, "STAGES": STAGES}
+    constants |= {"DK": None} | ({} if corrects else dict.fromkeys(("BETA", "DBETA")))
+    types |= {"DQ": "*bf16", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32" if name.isupper() else "i32") for name in kernel.arg_names}
+    places = {name: (k,) for k, name in enumerate(kernel.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    given = {places[name]: value for name, value in constants.items()}
+    made = GluonASTSource(kernel, signature, constexprs=given, attrs=aligned)
+    return compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
 # ---- choosing blocks ----
 
 BLOCKS = (64, 256, 1024, 2048, 8192)  # of keys
 
 
 def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from manyheads.engines.triton.choosing import launches, weighing
+    import torch
+
+    from manyheads.engines.triton.choosing import crossing, estimating, launches, sorting, weighing
 
     absent: dict[str, Any] = {"indices": None, "counts": None}
     for width in (64, 128):
-        yield f"means {width}", partial(choosing, "means", "means", {"ROWS": 64, "D": width, "PD": width})
+        yield f"means {width}", partial(choosing, "means", "means", {"ROWS": 16, "D": width, "PD": width})
     for blocks in BLOCKS:
         own: dict[str, Any] = {"ROWS": max(1, launches.TILE // blocks), "COLUMNS": blocks, "FIRST": False}
         best, fewest = {**own, "share": None, "kept": None}, {**own, **absent}
@@ -380,34 +471,59 @@ def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} past of {blocks}", partial(choosing, "past", "past", own)
         tile = {"TOGETHER": 4, **weighing.window_tile_of(blocks, 4, 1, 4, 128), "PRECISION": "tf32x3"}
         yield f"windows of {blocks}", partial(choosing, "windows", "windows", tile)
-    own = {"D": 128, "PD": 128, "ROWS": weighing.ROWS, "PART": launches.PART, "PRECISION": "tf32x3"}
-    yield "divisors", partial(choosing, "stripes", "divisors", {**own, "CHUNK": weighing.CHUNK})
-    yield "stripes", partial(choosing, "stripes", "stripes", own)
+    own = {"D": 128, "PD": 128, "ROWS": weighing.ROWS, "PART": weighing.KEYS, "PRECISION": "tf32x3"}
+    yield "parts", partial(choosing, "stripes", "parts", own)
+    yield "stripes", partial(choosing, "stripes", "stripes", {"ROWS": weighing.ROWS, "PART": weighing.KEYS})
     chunk = {"FIRST": False, "CHUNK": launches.LOOKED}
-    yield "measure", partial(choosing, "long", "measure", {**chunk, "SHARED": True})
+    yield "measure", partial(choosing, "long", "measure", {**chunk, "LINE": launches.MEASURED})
     yield "narrow", partial(choosing, "long", "narrow", {"PART": launches.TOGETHER})
-    yield "keep", partial(choosing, "long", "keep", chunk)
+    yield "keep", partial(choosing, "long", "keep", {**chunk, "LINE": launches.KEPT})
     yield "listing", partial(choosing, "listing", "listing", {"ROWS": 4, "COLUMNS": 512})
+    own = {"D": 128, "PD": 128, "ROWS": crossing.ROWS, "PART": launches.PART, "PRECISION": "tf32x3"}
+    yield "masses", partial(choosing, "cells", "masses", own)
+    yield "crossed", partial(choosing, "cells", "crossed", {"ROWS": 4, "COLUMNS": 512})
+    own = {"SIGNS": 7, "PS": 16, "D": 128, "PD": 128, "ROWS": sorting.ROWS, "PRECISION": "tf32x3"}
+    yield "ranks", partial(choosing, "hashing", "ranks", own)
+    for name in ("to_blocks", "from_blocks"):
+        yield name, partial(choosing, "hashing", name, {"D": 128, "PD": 128, "ROWS": 32})
     for name in ("count", "place"):
         yield name, partial(choosing, "turning", name, {"COLUMNS": 32})
+    tile = {**estimating.tournament_tile_of(256, 1, 1, 32, 2, 128), "PRECISION": "tf32x3"}
+    yield "tournaments", partial(choosing, "tournaments", "tournaments", tile)
+    own = {"D": 128, "PD": 128, "ROWS": estimating.ROUNDED, "KEYS": 32}
+    yield "rounded", partial(choosing, "rounding", "rounded", own)
+    own = {"D": 128, "PD": 128, "ROWS": estimating.ROWS, "PART": estimating.ROWS, "PRECISION": "tf32x3"}
+    yield "limits", partial(choosing, "rounding", "limits", own)
+    own = {"PD": 128, **estimating.low_bits_tile_of(64, 32, torch.float8_e4m3fn)}
+    yield "outweighing", partial(choosing, "low_bits", "outweighing", own)
 
 
 def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
     from importlib import import_module
 
+    import torch
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from manyheads.engines.triton.choosing import launches, weighing
+    from manyheads.engines.triton.choosing import crossing, estimating, launches, weighing
 
     kernel = getattr(import_module(f"manyheads.engines.triton.choosing.kernels.{module}"), name)
     types = dict.fromkeys(kernel.arg_names, "i32") | {"x": "*bf16", "q": "*bf16", "kept": "*u8", "keep": "*u8"}
     types |= dict.fromkeys(("indices", "counts", "words", "begins", "numbers"), "*i32")
     types |= dict.fromkeys(("k", "space", "mass"), "*fp32") | {"out": "*i32" if module == "turning" else "*fp32"}
     types |= {
-        "windows": {"k": "*fp16", "low": "*fp16", "sizes": "*fp32"}, "stripes": {"k": "*bf16", "divisor": "*fp32"},
-        "long": {"limits": "*i64", "number_above": "*i32", "before": "*i32"},
+        "windows": {"k": "*fp16", "low": "*fp16", "sizes": "*fp32"},
+        "stripes": {"k": "*bf16"} | dict.fromkeys(("divisor", "tops", "totals", "sums"), "*fp32"),
+        "long": {"limits": "*u32", "number_above": "*i32", "before": "*i32"},
+        "cells": {"q": "*fp32", "columns": "*u8", "diagonals": "*u8", "cells": "*u8"},
+        "hashing": {"k": "*bf16", "g": "*fp32", "out": "*bf16"}
+        | dict.fromkeys(("q_out", "k_out", "order", "places"), "*i32"),
+        "tournaments": {"k": "*bf16", "chunks": "*i32", "likes": "*fp32"},
+        "rounding": {"k": "*bf16", "least": "fp32", "out": "*fp8e4nv" if name == "rounded" else "*fp32"}
+        | dict.fromkeys(("mean", "middle", "sizes", "shared"), "*fp32"),
+        "low_bits": {"q": "*fp8e4nv", "k": "*fp8e4nv"}
+        | dict.fromkeys(("q_sizes", "k_sizes", "shared", "least"), "*fp32"),
     }.get(module, {})  # fmt: skip
     types |= dict.fromkeys(("masses", "mass_above"), "*fp32")
     types |= {"scale": "fp32", "share": "fp32" if module == "past" else "*fp32"} | dict.fromkeys(constants, "constexpr")
@@ -416,8 +532,15 @@ def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
     even = [n for n in kernel.arg_names if types[n][0] == "*" or (types[n] == "i32" and n not in free)]
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
     options = {"num_warps": 8 if module == "long" else launches.warps(constants.get("COLUMNS", 1))}
+    options |= {"masses": {"num_warps": crossing.WARPS}, "means": {"num_warps": 2}, "measure": {"num_warps": 4}}.get(
+        name, {}
+    )
     if module in weighing.OPTIONS:
         options = weighing.OPTIONS[module] | weighing.few(constants)
+    if module == "low_bits":
+        options = estimating.low_bits_options(torch.float8_e4m3fn)
+    if module == "tournaments":
+        options = estimating.tournament_options(constants)
     return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -478,7 +601,7 @@ def check(only: str) -> dict[str, Any]:
     rows: dict[str, Any] = {"triton": triton.__version__}
     tables = *list_kernels(), *map_kernels(), *round_kernels()
     hopper = [*hopper_kernels(), *small_kernels(), *tables] if only in ("hopper", "all") else []
-    hopper += list(recurrence_kernels()) if only in ("recurrences", "all") else []
+    hopper += [*recurrence_kernels(), *walk_kernels(), *gradient_kernels()] if only in ("recurrences", "all") else []
     hopper += list(choosing_kernels()) if only in ("choosing", "all") else []
     for name, make in [*hopper, *(plain_kernels() if only in ("plain", "all") else [])]:
         start = time.perf_counter()

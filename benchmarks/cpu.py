@@ -1,10 +1,10 @@
 """Time sparse attention on a CPU beside torch's dense causal attention: a tenth of the pairs, forward, float32.
 
     python benchmarks/cpu.py                    8192 tokens, 8 heads of 64
-    python benchmarks/cpu.py --lengths 2048 8192 --results benchmarks/results/cpu.jsonl
+    python benchmarks/cpu.py --lengths 2048 8192 --threads 1 2 --results benchmarks/results/cpu.jsonl
 
-A line for each case: milliseconds of dense and of ours, the median of five after one, and how many times as fast it is.
-Each output is compared with dense attention under the same mask first.
+A line for each case: milliseconds of dense and of ours, the least of some turns, as others may use the machine, and how
+many times as fast it is. Each output is compared with dense attention under the same mask first.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from manyheads import attention, explain
 from manyheads.core import Blocks, Scores, Selection
 
-HEADS, HEAD_DIM, BLOCK, SHARE = 8, 64, 128, 0.1
+HEADS, HEAD_DIM, BLOCK, SHARE, TURNS = 8, 64, 128, 0.1, 9
 
 
-def spent(call: Callable[[], Any]) -> float:
-    """Milliseconds."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+def spent(*calls: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each, in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(TURNS):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(1e3 * (time.perf_counter() - start))
+    return [min(own) for own in times]
 
 
 def window(length: int) -> tuple[Scores, Tensor]:
@@ -70,8 +71,7 @@ def row(name: str, length: int) -> dict[str, Any]:
     error = ((found - true).norm() / true.norm()).item()
     if not error < 1e-5:  # float32, sums of a few thousand numbers
         raise RuntimeError(f"{name}: the relative error is {error}")
-    dense = spent(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
-    ours = spent(lambda: attention(q, k, v, form))
+    dense, ours = spent(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), lambda: attention(q, k, v, form))
     kept = mask.expand(1, HEADS, -1, -1).sum(dtype=torch.float64).item() / (HEADS * length * (length + 1) / 2)
     return {
         "case": f"{name} on a CPU", "length": length, "heads": HEADS, "head_dim": HEAD_DIM,
@@ -84,16 +84,17 @@ def row(name: str, length: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--results", type=Path, help="a file of JSON lines to append to")
     given = parser.parse_args()
     with torch.no_grad():
-        for length in given.lengths:
-            for name in ("window", "blocks of 128"):
-                line = json.dumps(row(name, length))
-                print(line, flush=True)
-                if given.results:
-                    with given.results.open("a") as file:
-                        file.write(line + "\n")
+        for length, threads, name in product(given.lengths, given.threads, ("window", "blocks of 128")):
+            torch.set_num_threads(threads)
+            line = json.dumps(row(name, length))
+            print(line, flush=True)
+            if given.results:
+                with given.results.open("a") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":

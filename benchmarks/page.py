@@ -176,7 +176,9 @@ def _around(kept: list[Row]) -> list[str]:
     lines = []
     for row in kept:
         if "median_us" in row:
-            whose = "of torch's function" if row["engine"] == "torch" else "of `attention`, of a kind made before"
+            what = row.get("of", "causal")
+            ours = "of `attention`, of a kind made before" + ("" if what == "causal" else f", for the {what}")
+            whose = "of torch's function" if row["engine"] == "torch" else ours
             lines.append(f"- Host time of a call {whose}: {row['median_us']:.0f} µs.")
         if "new_ms" in row:
             what = f"{row['new_ms']:.2f} ms with new documents, {row['same_ms']:.2f} ms with those of the call before"

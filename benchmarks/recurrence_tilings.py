@@ -21,6 +21,7 @@ import torch
 from recurrences import CASES, HEAD_DIM, SHAPES, inputs, ours
 from torch import Tensor
 
+from manyheads.engines.triton import replay
 from manyheads.engines.triton.chunked import tables
 from manyheads.engines.triton.chunked.tables import Tile
 
@@ -37,19 +38,23 @@ AT_ONCE = (1, 2, 3, 4, 8)  # programs for each multiprocessor that a row is cut 
 @contextmanager
 def tile(key: tuple[str, int, int], other: Tile) -> Iterator[None]:
     before, tables.TILES[key] = tables.TILES[key], other
+    replay.forget()
     try:
         yield
     finally:
         tables.TILES[key] = before
+        replay.forget()
 
 
 @contextmanager
 def at_once(count: int) -> Iterator[None]:
     before, tables.AT_ONCE = tables.AT_ONCE, count
+    replay.forget()
     try:
         yield
     finally:
         tables.AT_ONCE = before
+        replay.forget()
 
 
 def variants(which: str, channels: bool) -> Iterator[tuple[str, Any]]:

@@ -28,10 +28,10 @@ import attention
 import torch
 from torch import Tensor
 
+import manyheads
 from manyheads.core.checks import build_inputs
 from manyheads.core.forms import Operand, Recurrence
 from manyheads.engines import eager
-from manyheads.engines import triton as kernels
 
 K = 1024
 BOUND = 2e-2  # relative error of bfloat16 outputs and gradients; 3e-3 is usual, a correction's are a few times that
@@ -120,14 +120,7 @@ def fewest_bytes(leaves: Leaves, which: str) -> int:
 
 
 def ours(case: Case) -> Run:
-    def run(leaves: Leaves) -> Tensor:
-        x = _inputs(case.form, leaves)
-        why = kernels.why_not(case.form, x)
-        if why is not None:
-            raise RuntimeError(why)
-        return kernels.run(case.form, x)[0]
-
-    return run
+    return lambda leaves: manyheads.attention(mechanism=case.form, engine="triton", **leaves)
 
 
 def fla(case: Case) -> Run:
@@ -257,7 +250,7 @@ def stepped(name: str, batch: int, wanted: list[str], seconds: float, limit: int
 
 
 def our_step(case: Case) -> Callable[[Leaves, Tensor], Tensor]:
-    return lambda leaves, state: kernels.run(case.form, _inputs(case.form, leaves).with_(state=state))[0]
+    return lambda leaves, state: manyheads.attention(mechanism=case.form, engine="triton", state=state, **leaves)
 
 
 def fla_step(case: Case) -> Callable[[Leaves, Tensor], Tensor]:

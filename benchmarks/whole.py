@@ -34,6 +34,7 @@ HEADS, KV_HEADS, HEAD_DIM, RUN = 16, 4, 128, 512
 SETTINGS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 4096, "top_k": 12}, "flexprefill": {"gamma": 0.95, "tau": 0.1}, "infllm_v2": {},
     "dhsa": {"grain": 16},  # of which there are lists; the paper's is 1
+    "sale": {}, "hip_attention": {"key_block": 16, "query_stride": 2},  # likewise; the paper's key_block is 2
 }  # fmt: skip
 
 

@@ -77,10 +77,11 @@ def attention(
     Raises TypeError or ValueError, in one sentence, for what does not fit.
     """
     key, tensors = None, [q, k, v]
-    if q_positions is kv_positions is state is seed is None and not (return_state or dropout):
-        key = _key(tensors, mechanism, engine, scale, return_lse, settings_and_operands)
+    if q_positions is kv_positions is seed is None and not dropout:
+        given = settings_and_operands if state is None else {**settings_and_operands, "state": state}
+        key = _key(tensors, mechanism, engine, scale, (return_lse, return_state), given)
     if (again := _KNOWN.get(key)) is not None and (made := again(tensors)) is not None:
-        return made if return_lse else made[0]
+        return made if return_lse or return_state else made[0]
     form, operands = _form(mechanism, settings_and_operands)
     x = build_inputs(form, q, k, v, scale, q_positions, kv_positions, state, operands, dropout, seed)
     if return_lse and return_state:
@@ -199,7 +200,7 @@ for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_resul
 
 # ---- calls once more: what is checked and chosen once holds for all calls of a kind ----
 
-# Of q, k, v and the operands in the order in which they were given; None: not this time.
+# Of q, k, v, the operands in the order in which they were given, and the state; None: not this time.
 Again = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None]
 REPEAT: dict[str, Callable[[Form, Inputs], Again | None]] = {"triton": triton.again, "sdpa": sdpa.again}
 _KNOWN: dict[Any, Again] = {}
@@ -208,10 +209,10 @@ _NAMES = (int, float, bool, str, type(None))
 
 
 def _key(
-    tensors: list[Any], mechanism: Any, engine: Any, scale: Any, return_lse: bool, given: Mapping[str, Any]
+    tensors: list[Any], mechanism: Any, engine: Any, scale: Any, returned: tuple[bool, bool], given: Mapping[str, Any]
 ) -> tuple[Any, ...] | None:
-    """What a call depends on besides the numbers in q, k, v and the operands, which are put behind them; None if that
-    is more than can be told from names, or if somebody watches what torch does."""
+    """What a call depends on besides the numbers in q, k, v, and in operands and state, which are put behind them; None
+    if that is more than can be told from names, or if somebody watches what torch does."""
     if torch.compiler.is_compiling() or not isinstance(mechanism, (str, Form, Mechanism)) or type(engine) is not str:
         return None
     names: list[Any] = []
@@ -230,7 +231,7 @@ def _key(
     if facts is None:
         return None
     learned = tuple([t.requires_grad for t in tensors]) if torch.is_grad_enabled() else ()
-    return mechanism, engine, scale, return_lse, learned, *names, *facts
+    return mechanism, engine, scale, *returned, learned, *names, *facts
 
 
 def _fast(t: Tensor) -> bool:

@@ -69,17 +69,20 @@ def rounded(values: Any, dtype: str) -> np.ndarray:
 
 
 class Shared:
-    def __init__(self, values: np.ndarray):
-        self.values, self.shape = values, values.shape
+    def __init__(self, values: np.ndarray, dtype: str):
+        self.values, self.shape, self.dtype = values, values.shape, dtype
 
     def index(self, k: Any) -> Shared:
-        return Shared(self.values[int(k)])
+        return Shared(self.values[int(k)], self.dtype)
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.values[start : start + length], self.dtype)
 
     def reshape(self, shape: Any) -> Shared:
-        return Shared(self.values.reshape(shape))
+        return Shared(self.values.reshape(shape), self.dtype)
 
     def permute(self, order: Any) -> Shared:
-        return Shared(self.values.transpose(order))
+        return Shared(self.values.transpose(order), self.dtype)
 
     def store(self, values: Any) -> None:
         self.values[...] = values
@@ -168,6 +171,7 @@ def tma_load(source: Descriptor, at: Any, barrier: Barrier, target: Shared) -> N
 
 
 def tma_store(target: Descriptor, at: Any, source: Shared) -> None:
+    assert min(at) >= 0, "an illegal instruction on an H100"
     _local.stores.append((target, at, source))
 
 
@@ -281,7 +285,7 @@ def _either(choose: Any) -> Any:
 def _allocate(dtype: str, shape: list[int], layout: Any) -> Any:
     if dtype == "int64":
         return Barrier() if len(shape) == 1 else Barriers(shape[0])
-    return Shared(np.full(shape, np.nan, np.float32))
+    return Shared(np.full(shape, np.nan, np.float32), dtype)
 
 
 def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:
@@ -322,7 +326,8 @@ gl: Any = SimpleNamespace(
     uint32="uint32",
     constexpr=lambda value: value, static_range=range,
     SliceLayout=lambda *a: None, BlockedLayout=lambda *a: None, DotOperandLayout=lambda *a: None,
-    NVMMADistributedLayout=lambda *a: None,
+    NVMMADistributedLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *a: None),
     full=lambda shape, value, dtype, layout: Array.of(np.full(shape, value, np.float32)),
     arange=lambda start, end, layout=None: Array.of(np.arange(start, end)),
     convert_layout=lambda x, layout: x,
@@ -333,6 +338,7 @@ gl: Any = SimpleNamespace(
     cast=lambda x, dtype: x if isinstance(x, int) else Array.of(x).to(dtype),
     max=lambda x, axis: Array.of(x.max(axis)), min=lambda x, axis: Array.of(x.min(axis)),
     sum=lambda x, axis: Array.of(x.sum(axis)),
+    associative_scan=lambda x, axis, add: Array.of(np.cumsum(x, axis)),
     div_rn=lambda a, b: Array.of(np.float32(a) / np.float32(b)),
     inline_asm_elementwise=_assembly, expand_dims=lambda x, axis: Array.of(np.expand_dims(x, axis)),
     load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
@@ -370,12 +376,12 @@ class Kernel:
 PACKAGE = "manyheads.engines.triton.hopper"
 
 
-def load(*modules: str) -> dict[str, ModuleType]:
-    """Modules of kernels/, each of which may import those before it, with this one for `names`."""
+def load(*modules: str, package: str = PACKAGE) -> dict[str, ModuleType]:
+    """Modules of a package's kernels/, each of which may import those before it, with this one for `names`."""
     found: dict[str, ModuleType] = {}
     for name in modules:
-        path = Path(__import__(PACKAGE, fromlist=["kernels"]).kernels.__path__[0]) / f"{name}.py"
-        others = {f"{PACKAGE}.kernels.{n}": module for n, module in found.items()}
+        path = Path(__import__(package, fromlist=["kernels"]).kernels.__path__[0]) / f"{name}.py"
+        others = {f"{package}.kernels.{n}": module for n, module in found.items()}
         module = found[name] = ModuleType(f"emulated_{name}")
         with _replaced({f"{PACKAGE}.names": sys.modules[__name__], **others}):
             exec(compile(path.read_text(), str(path), "exec"), module.__dict__)

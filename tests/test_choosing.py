@@ -231,25 +231,31 @@ def check_past(device: torch.device, sizes: tuple[int, int] = (33, 100), rules: 
 def check_long_rows(device: torch.device, n: int = 40) -> None:
     """Rows that are taken for long, in chunks of 16, which are added up one by one."""
     kernels = launches()
-    sizes, (kernels.LOOKED, kernels.TOGETHER) = (kernels.LOOKED, kernels.TOGETHER), (16, 1)
+    names = "LOOKED", "TOGETHER", "MEASURED", "KEPT"
+    sizes = {name: getattr(kernels, name) for name in names}
+    for name, size in zip(names, (16, 1, 8, 8), strict=True):
+        setattr(kernels, name, size)
     try:
         mass = torch.randint(0, 5, (3, n), device=device) / 64.0
         likes = mass.masked_fill(torch.rand_like(mass) < 0.3, -torch.inf)
+        pairs = (torch.arange(n, device=device) // 2 / 1024).repeat(3, 1)
         shares = torch.tensor([[0.0], [0.125], [1.0]], device=device)
         for x, share, least, first in (
             (mass, shares, 0, False),
             (mass, shares[1:2, 0], 2, True),
             (mass, shares[:1, 0], n - 15, True),
             (likes, None, 5, False),
+            (pairs, None, 5, False),
         ):
             kept = torch.empty(x.shape, dtype=torch.bool, device=device)
             kernels.of_long_rows(x, share, kept.view(torch.uint8), least, first)
             assert kept.equal(picking.heaviest(x, share, least, first))
     finally:
-        kernels.LOOKED, kernels.TOGETHER = sizes
+        for name, size in sizes.items():
+            setattr(kernels, name, size)
 
 
-STRIPES = [(2, 16, 200, 16, 16), (1, 70, 230, 20, 66)]  # key heads, queries, len, dim, block
+STRIPES = [(2, 16, 200, 16, 16), (1, 70, 230, 20, 66), (1, 130, 403, 8, 16)]  # key heads, queries, len, dim, block
 
 
 def check_stripes(device: torch.device, cases: list = STRIPES) -> None:
@@ -330,7 +336,10 @@ def test_kernels_in_the_interpreter(name):
 
 # Words that a kernel spills, at most, with Triton 3.6 and 3.7.
 SPILLED = {"best past of 2048": 8, "fewest past of 256": 8, "windows of 2048": 4}
-FREE = ["means 128", "best of 1024", "fewest of 2048", "measure", "divisors", "stripes", "listing", "place"]
+FREE = [
+    "means 128", "best of 1024", "fewest of 2048", "measure", "parts", "stripes", "listing", "place", "masses",
+    "crossed",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FREE, *SPILLED])

@@ -439,12 +439,12 @@ def test_says_what_it_cannot_do(monkeypatch):
 SPILLED = {
     "walk add 128": 26, "walk delta 128": 44, "walk delta channels 128": 8, "back add 128": 4, "back delta 128": 16,
     "back segments delta 128": 64, "gradients channels 128": 8, "gradients delta 128": 128,
-    "gradients delta channels 128": 76, "inner channels 128": 36, "inner delta channels 128": 196,
-    "pairs channels 128": 20, "pairs delta channels 128": 172, "walk delta channels 256": 40,
-    "back delta channels 256": 16,
+    "gradients delta channels 128": 76, "inner delta channels 128": 24, "inner blocks channels 128": 36,
+    "inner blocks delta channels 128": 196, "pairs channels 128": 20, "pairs delta channels 128": 172,
+    "walk delta channels 256": 40, "back delta channels 256": 16, "solve delta 128": 6, "solve delta channels 128": 6,
 }  # fmt: skip
 CHECKED = [
-    *SPILLED, "walk segments add 128", "gradients add 128", "solve delta 128", "solve delta channels 128",
+    *SPILLED, "walk segments add 128", "gradients add 128", "inner channels 128",
 ]  # fmt: skip
 
 
@@ -452,7 +452,8 @@ CHECKED = [
 def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
     made = compiled.read(dict(compiled.recurrence_kernels())[name]())
-    assert made.spilled <= SPILLED.get(name, 0) and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
+    assert made.spilled <= SPILLED.get(name, 0) and made.shared <= compiled.LIMIT, made
+    assert (made.hgmma > 0) != name.startswith("solve"), made  # one warp has a chunk, and HGMMA is for four
 
 
 # ---- on a GPU ----

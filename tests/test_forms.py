@@ -793,6 +793,9 @@ def test_block_lists_and_maps_hold_the_same():
     assert blocks.counts.equal(keep.sum(-1)) and blocks.indices.shape[-1] == 7
     listed = blocks.indices[0, 1, 2, : blocks.counts[0, 1, 2]].tolist()
     assert listed == sorted(listed) == keep[0, 1, 2].nonzero().flatten().tolist()
+    shared = Blocks(*(t[:, :1].expand_as(t) for t in (blocks.indices, blocks.counts)))
+    assert blocks.shared is blocks and shared.shared.indices.shape[1] == 1
+    assert shared.to_map(7).equal(keep[:, :1].expand_as(keep)) and shared.to_map(7).stride(1) == 0
     nothing = Blocks.from_map(torch.zeros(1, 1, 2, 3, dtype=torch.bool))
     assert not nothing.counts.any() and not nothing.to_map(3).any()
 

@@ -11,12 +11,15 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_quick import FORMS, inputs, recorder  # noqa: F401  a fixture
+from test_quick import FORMS, inputs, recorder, small  # noqa: F401  a fixture
 from triton import knobs
 
+from manyheads import attention, dispatch
 from manyheads.core import alike
-from manyheads.core.forms import Operand, Scores
-from manyheads.engines.triton import hopper, launch, replay
+from manyheads.core.forms import Operand, Recurrence, Scores
+from manyheads.engines import triton
+from manyheads.engines.triton import hopper, launch, quick, replay
+from manyheads.engines.triton.chunked import autograd
 from manyheads.engines.triton.hopper import backward, forward, tables
 
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
@@ -45,7 +48,7 @@ def launches(recorder, call) -> list:  # noqa: F811
             if len(x) == 3 and x[0] == "tensor":
                 return renamed(x[1])
             return tuple(map(renamed, x))
-        return numbers.setdefault(x, len(numbers)) if isinstance(x, int) and x > 2**32 else x
+        return numbers.setdefault(x, len(numbers)) if isinstance(x, int) and x > 2**20 else x
 
     found = [renamed(launch) for launch in recorder.launches]
     del keep
@@ -276,3 +279,200 @@ def test_no_more_calls_are_kept_than(computed, monkeypatch):
     for length in range(128, 134):
         settled(FORMS["causal"], inputs(length, length))
     assert len(replay._KNOWN) == 3
+
+
+# ---- recurrences ----
+
+DECAYS = {"none": (None, None), "step": ("step", None), "channel, delta": ("channel", "beta")}
+
+
+@pytest.fixture
+def prepared(recorder, monkeypatch) -> list:  # noqa: F811
+    """A new entry for each forward or backward pass that went the ordinary way, whose tensors are kept: memory that
+    torch gave back would be taken once more."""
+    monkeypatch.setattr(replay, "_KNOWN", {})
+    found, kept = [], []
+    monkeypatch.setattr(autograd, "prepare", lambda *a, f=autograd.prepare, **k: (found.append(f), f(*a, **k))[1])
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    noted, makes = quick._noted, (torch.empty_like, torch.zeros_like)
+    keeping = {make: lambda t, make=make: keep(make(t)) for make in makes}
+    monkeypatch.setattr(quick, "_noted", lambda make, made: keep(noted(keeping[make], made)))
+    return found
+
+
+def recurrence(decays, tokens=512, dim=16, turned=False):
+    """q, k, v, g, beta and state, which want gradients. Keys of length 1: longer ones let a state grow without end."""
+    q, k, v = torch.randn(3, 1, 2, tokens, dim, dtype=torch.bfloat16)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    if turned:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    g = {None: None, "step": -torch.rand(1, 2, tokens), "channel": -torch.rand(1, 2, tokens, dim)}[decays[0]]
+    beta = None if decays[1] is None else torch.rand(1, 2, tokens)
+    given = q, k, v, g, beta, torch.randn(1, 2, dim, dim)
+    return [None if t is None else t.requires_grad_() for t in given]
+
+
+def run_and_differentiate(given):
+    o, end = autograd.recur(*given, 0.5)
+    leaves = [t for t in given if t is not None]
+    return o, end, *torch.autograd.grad((o, end), leaves, (torch.ones_like(o), torch.ones_like(end)))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("name", DECAYS)
+def test_recurrences_repeat_what_was_computed(recorder, prepared, name, turned):  # noqa: F811
+    first, second = (recurrence(DECAYS[name], turned=turned) for _ in range(2))
+    for _ in range(2):  # compiled, then watched
+        made = run_and_differentiate(first)
+    count = len(prepared)
+    usual = launches(recorder, lambda: run_and_differentiate(first))
+    assert len(prepared) == count, "repeated"
+    again = launches(recorder, lambda: run_and_differentiate(second))
+    assert len(prepared) == count and again == usual
+    found = run_and_differentiate(second)
+    seen = [[(t.shape, t.dtype, t.stride()) for t in every] for every in (found, made)]
+    assert seen[0] == seen[1] and seen[0][0][2] == second[0].stride()
+    replay._KNOWN.clear()
+    assert launches(recorder, lambda: run_and_differentiate(second)) == usual
+    assert len(prepared) == count + 2
+    with torch.no_grad():
+        for _ in range(3):
+            autograd.recur(*second, 0.5)
+    assert len(prepared) == count + 3, "without gradients it is another kind"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v, g, beta, state: ((q, k, v, g, beta, None), 0.5),
+        lambda q, k, v, g, beta, state: ((q, k, v, None, beta, state), 0.5),
+        lambda q, k, v, g, beta, state: ((q, k, v, g.bfloat16(), beta, state), 0.5),
+        lambda q, k, v, g, beta, state: ((q, k, v, g.expand(1, 2, -1), beta, state), 0.25),
+        lambda q, k, v, g, beta, state: ((q, k, k, g, beta, state), 0.5),
+        lambda q, k, v, g, beta, state: ((q[:, :, 64:], k, v, g, beta, state), 0.5),
+        lambda q, k, v, g, beta, state: ((q.mT.contiguous().mT, k, v, g, beta, state), 0.5),
+    ],
+    ids=["no state", "no decays", "decays' dtype", "scale", "v as k", "fewer queries", "a copy"],
+)
+def test_recurrences_that_differ_are_computed(prepared, change):
+    given = [None if t is None else t.detach() for t in recurrence(DECAYS["step"])]
+    for _ in range(3):
+        autograd.recur(*given, 0.5)
+    count = len(prepared)
+    autograd.recur(*given, 0.5)
+    assert len(prepared) == count
+    other, scale = change(*given)
+    autograd.recur(*other, scale)
+    assert len(prepared) == count + 1
+
+
+@pytest.mark.parametrize("wants_grad", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("has_state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("order", [("g", "beta"), ("beta", "g")], ids=" ".join)
+def test_whole_calls_of_recurrences(recorder, prepared, monkeypatch, order, has_state, wants_grad):  # noqa: F811
+    chosen: list = []
+    monkeypatch.setattr(triton, "_unable", lambda x: None)
+    monkeypatch.setattr(dispatch, "_fast", lambda t: True)
+    monkeypatch.setattr(dispatch, "_KNOWN", {})
+    monkeypatch.setattr(dispatch, "_choose", lambda *a, f=dispatch._choose: (chosen.append(a), f(*a))[1])
+    declared = {name: Operand("batch heads len") for name in ("g", "beta")}
+    form = Recurrence(write="delta", operands=declared, default_scale=lambda head_dim: 0.5)
+
+    def whole(given):
+        q, k, v, g, beta, state = given
+        operands = {name: {"g": g[:, :1], "beta": beta}[name] for name in order}  # one decay for all heads
+        return attention(
+            q, k, v, form, engine="triton", state=state if has_state else None, return_state=True, **operands
+        )  # fmt: skip
+
+    def parts(given):
+        q, k, v, g, beta, state = given
+        return autograd.recur(q, k, v, g[:, :1].expand(g.shape), beta, state if has_state else None, 0.5)
+
+    first, second = ([t.requires_grad_(wants_grad) for t in recurrence(("step", "beta"))] for _ in range(2))
+    for _ in range(3):
+        whole(first)
+    assert len(chosen) == 2, "compiled, then watched"
+    found, usual = (launches(recorder, lambda run=run: run(second)) for run in (whole, parts))
+    assert found == usual and len(chosen) == 2
+    assert [t.requires_grad for t in whole(second)] == [wants_grad] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("name", DECAYS)
+def test_repeated_recurrences_give_the_same_bits(name, turned):
+    first, second = (
+        [None if t is None else t.detach().cuda().requires_grad_() for t in recurrence(DECAYS[name], 300, 64, turned)]
+        for _ in range(2)
+    )  # fmt: skip
+    for _ in range(3):
+        run_and_differentiate(first)
+    found = run_and_differentiate(second)
+    replay.forget()
+    true = run_and_differentiate(second)
+    assert all(t.isfinite().all() for t in true)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, true, strict=True))
+
+
+# ---- what is made ----
+
+
+def repeated(compute) -> tuple[list, int]:
+    """What four calls gave, and how often it was computed."""
+    given, computed = (torch.zeros(16),), []
+
+    def counted():
+        computed.append(compute(*given))
+        return computed[-1]
+
+    return [replay.replayed(("kind",), given, (), tuple, counted) for _ in range(4)], len(computed)
+
+
+def test_tensors_are_made_as_they_were(prepared):
+    like = torch.empty(3, 4, 2).transpose(0, 1)
+
+    def compute(given):
+        made = quick.empty_like(like), quick.zeros((5, 2), torch.int32, like.device), given
+        quick.launch(small, 1, (made[0], 1, 1, 2.0, None, True, 8), num_warps=1)
+        return made
+
+    found, count = repeated(compute)
+    assert count == 2
+    strided, zeros, given = found[-1]
+    assert strided.stride() == torch.empty_like(like).stride() == (2, 8, 1)
+    assert zeros.dtype is torch.int32 and zeros.shape == (5, 2) and not zeros.any()
+    assert given is found[0][2] and strided.data_ptr() != found[-2][0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [lambda made: made.zero_(), lambda made: made[:2], lambda made: made.view(2, 4), lambda made: made + 1],
+    ids=["torch wrote to it", "a part", "a view", "a copy"],
+)
+def test_what_torch_did_beside_launches_is_not_repeated(prepared, result):
+    def compute(given):
+        made = quick.empty((8,), torch.float32, given.device)
+        quick.launch(small, 1, (made, 1, 1, 2.0, None, True, 8), num_warps=1)
+        return (result(made),)
+
+    assert repeated(compute)[1] == 4
+
+
+def test_what_nobody_sees_is_made_together(prepared):
+    def compute(given):
+        made, few, many = (quick.empty((n,), torch.float32, given.device) for n in (8, 16, 300))
+        for t in (made, few, quick.zeros((16,), torch.float32, given.device), many):
+            quick.launch(small, 1, (t, 1, 1, 2.0, None, True, 8), num_warps=1)
+        return (made,)
+
+    assert repeated(compute)[1] == 2
+    call = replay._KNOWN[("kind",)]
+    assert [(like.numel(), begins) for _, like, begins in call.scratch] == [(512 + 1536, (0, 512)), (512, (0,))]
+    likes = [like for _, like, *_ in (*call.fresh, *call.scratch)]
+    assert len(likes) == 3 and all(like.untyped_storage().nbytes() <= 4 for like in likes)

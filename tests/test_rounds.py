@@ -108,15 +108,17 @@ def check(form, x):
     lengths=st.tuples(st.integers(1, 500), st.integers(0, 300)), batch=st.integers(1, 2),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]), query_block=st.sampled_from([1, 4, 48]),
     key_block=st.sampled_from([128, 256]), width=st.integers(1, 4), past=st.booleans(), seed=st.integers(0, 99),
-    cut=st.sampled_from([2**30, 900, 1]),
+    cut=st.sampled_from([2**30, 900, 1]), shared=st.booleans(),
 )  # fmt: skip
-def test_the_order_against_brute_force(lengths, batch, heads, query_block, key_block, width, past, seed, cut):
+def test_the_order_against_brute_force(lengths, batch, heads, query_block, key_block, width, past, seed, cut, shared):
     """Each entry that has a place has one of its own, among those of its block, in the order of its rows; tables say
     whose keys each tile of places needs."""
     q_len, before = lengths
     x = inputs(q_len, q_len + before, heads=heads[0], kv_heads=heads[1], batch=batch, dim=8)
     form = selection(SCORES["causal"], x, width, query_block, key_block, seed)
     blocks, start, group = choose(form, x), before, heads[0] // heads[1]
+    if shared:
+        blocks = Blocks(*(t[:, :1].expand_as(t) for t in (blocks.indices, blocks.counts)))
     keep = blocks.to_map(-(-x.kv_len // key_block))
     seen = torch.zeros(x.q.shape[:3], dtype=torch.bool)
     with pytest.MonkeyPatch.context() as patch:

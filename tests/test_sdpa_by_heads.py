@@ -1,4 +1,4 @@
-"""Selections whose heads chose different blocks, in torch's kernels: each head gets keys of its own."""
+"""Selections in torch's kernels: each block of queries gets keys of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyheads import attention
-from manyheads.core import Blocks, Operand, Scores, Selection
+from manyheads.core import Blocks, Operand, Scores, Selection, tiling
 from manyheads.engines import sdpa
 
 
@@ -18,7 +18,11 @@ def document(b, h, i, j, of):
     return (j <= i) & (of[b, i] == of[b, j])
 
 
-MASKS = {"causal": Scores(mask=causal), "none": Scores(),
+def far(b, h, i, j):
+    return (j <= i) & (i - j < 20 * (h + 1))
+
+
+MASKS = {"causal": Scores(mask=causal), "none": Scores(), "far": Scores(mask=far),
          "documents": Scores(mask=document, operands={"of": Operand("batch len")})}  # fmt: skip
 
 
@@ -31,21 +35,31 @@ def drawn(heads: int, rows: int, columns: int, share: float) -> Blocks:
     return Blocks.from_map(torch.rand(2, heads, rows, columns) < share)
 
 
+@pytest.fixture(params=[2**18, 1], ids=["", "one list a call"])
+def tiled(request, monkeypatch):
+    """Tiles are told apart however little there is to do."""
+    monkeypatch.setattr(tiling, "SMALL", 0)
+    monkeypatch.setattr(sdpa, "AT_ONCE", request.param)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "heads", "size"),
-    [(96, 96, (4, 4), (32, 16)), (75, 203, (6, 2), (32, 48)), (64, 130, (4, 1), (64, 16))],
-)
-def test_equals_eager(mask, q_len, kv_len, heads, size):
+    [
+        (96, 96, (4, 4), (32, 16)), (75, 203, (6, 2), (32, 48)), (64, 130, (4, 1), (64, 16)), (3, 64, (4, 2), (32, 8)),
+        (34, 98, (2, 2), (32, 32)),
+    ],
+)  # fmt: skip
+def test_equals_eager(tiled, mask, q_len, kv_len, heads, size):
     torch.manual_seed(0)
     (h, kv), start = heads, kv_len - q_len
     q = torch.randn(2, h, q_len, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, kv, kv_len, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     rows = (kv_len - 1) // size[0] - start // size[0] + 1
     blocks = drawn(h, rows, -(-kv_len // size[1]), 0.15)  # some queries see nothing
-    operands = {"of": (torch.arange(kv_len).expand(2, -1) // 50).double()} if mask == "documents" else {}
+    documents = torch.stack([torch.arange(kv_len) // 50, torch.arange(kv_len) // 40]).double()
+    operands = {"of": documents} if mask == "documents" else {}
     form = form_of(MASKS[mask], blocks, size)
-    assert sdpa._differ(blocks, -(-kv_len // size[1]))
     found, true = (attention(q, k, v, form, engine=engine, **operands) for engine in ("sdpa", "eager"))
     assert bool((true == 0).all(-1).any()), "a row that sees nothing is to be looked at"
     torch.testing.assert_close(found, true)
@@ -66,7 +80,22 @@ def test_lists_that_say_nothing_behind_their_counts():
     torch.testing.assert_close(attention(q, k, v, form, engine="sdpa"), attention(q, k, v, form, engine="eager"))
 
 
-def test_heads_that_chose_alike_share():
-    blocks = drawn(1, 4, 8, 0.3)
-    alike = Blocks(blocks.indices.expand(2, 4, -1, -1), blocks.counts.expand(2, 4, -1))
-    assert not sdpa._differ(Blocks(alike.indices[:1], alike.counts[:1]), 8)
+def test_what_is_seen_whole_needs_no_mask(tiled, monkeypatch):
+    """A mask is made for blocks on the diagonal, once for all heads that have them in common."""
+    made = []
+    seen_pairs = sdpa.seen_pairs
+    monkeypatch.setattr(sdpa, "seen_pairs", lambda *a: made.append(seen_pairs(*a)) or made[-1])
+    monkeypatch.setattr(sdpa, "AT_ONCE", 2**18)
+    form = form_of(MASKS["causal"], Blocks.from_map(torch.ones(1, 4, 3, 3, dtype=torch.bool).tril()), (32, 32))
+    q, k, v = torch.randn(3, 1, 4, 96, 8)
+    found = attention(q, k, v, form, engine="sdpa")
+    assert [t.shape for t in made] == [(1, 1, 32, 32)] * 3
+    torch.testing.assert_close(found, attention(q, k, v, "causal", engine="eager"))
+
+
+def test_nothing_is_seen_by_anyone(tiled):
+    form = form_of(MASKS["causal"], Blocks.from_map(torch.zeros(1, 2, 2, 4, dtype=torch.bool)), (32, 16))
+    q, k, v = torch.randn(3, 1, 2, 64, 8, requires_grad=True)
+    o = attention(q, k, v, form, engine="sdpa")
+    assert not o.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(o.sum(), (q, k, v)))

@@ -54,9 +54,9 @@ def use_emulated_lists(monkeypatch):
         monkeypatch.setattr(selected.uniting, name, emulator.Kernel(getattr(uniting, name)))
 
 
-def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empty=False):
+def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empty=False, shared=False):
     """Blocks drawn at random, and a query's own among them unless `empty`: then its first and its last row of blocks
-    have none."""
+    have none. shared: all heads have the same, once in memory."""
     first = x.q_positions.start // query_block
     rows, columns = -(-x.q_positions.stop // query_block) - first, -(-x.kv_len // key_block)
     keep = torch.rand(x.batch, x.heads, rows, columns, generator=torch.Generator().manual_seed(seed)) < share
@@ -64,7 +64,8 @@ def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empt
     keep = keep | own
     if empty:
         keep[..., 0, :] = keep[..., -1, :] = False
-    blocks = Blocks.from_map(keep.to(x.q.device))
+    blocks = Blocks.from_map(keep[:, : 1 if shared else None].to(x.q.device))
+    blocks = Blocks(blocks.indices.expand(-1, x.heads, -1, -1), blocks.counts.expand(-1, x.heads, -1))
     return Selection(
         select=lambda q, k, *, scale, offset: blocks, scores=scores, query_block=query_block, key_block=key_block,
         operands=scores.operands,
@@ -338,14 +339,17 @@ def rows_of(table, batch, heads, rows):
     blocks=st.tuples(st.sampled_from([1, 16, 64, 96, 128, 256]), st.sampled_from([16, 32, 64, 128, 192, 256])),
     name=st.sampled_from(list(SCORES)), share=st.sampled_from([0.0, 0.2, 0.6, 1.0]), seed=st.integers(0, 99),
     turned=st.booleans(), empty=st.booleans(), narrow=st.booleans(), slots=st.sampled_from([2, 16]),
+    shared=st.booleans(),
 )  # fmt: skip
-def test_lists_against_brute_force(lengths, batch, heads, blocks, name, share, seed, turned, empty, narrow, slots):
+def test_lists_against_brute_force(
+    lengths, batch, heads, blocks, name, share, seed, turned, empty, narrow, slots, shared
+):  # fmt: skip
     """All that is chosen and allowed is listed, nothing else is, in ascending order, and tiles called full are. Where
     blocks are smaller than tiles, a tile may have chosen pairs and allowed pairs, and none that is both."""
     (q_len, before), (query_block, key_block) = lengths, blocks
     kv_len = q_len + 128 * before
     x = inputs(q_len, kv_len, heads=heads, kv_heads=1, batch=batch, dim=8)
-    form = selection(SCORES[name], x, query_block, key_block, share, seed, empty)
+    form = selection(SCORES[name], x, query_block, key_block, share, seed, empty, shared)
     tile = (64 if turned and narrow else 128), (64 if narrow or key_block % 128 else 128)
     with pytest.MonkeyPatch.context() as patch:
         use_emulated_lists(patch)

@@ -1,5 +1,5 @@
-"""core/picking.py and core/lists.py as operators of torch's, which torch.compile takes whole. An engine may register
-kernels that do the same on a device of its own."""
+"""What picking.py, crossing.py, lists.py, low_bits.py, sorting.py, tournaments.py and within.py here do as operators of
+torch's, which torch.compile takes whole. An engine may register kernels that do the same on a device of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.core import lists, picking
+from manyheads.core import crossing, lists, low_bits, picking, sorting, tournaments, within
 
 RULE = "SymInt query_block, SymInt key_block, SymInt offset, SymInt first, SymInt local"
 
@@ -24,6 +24,10 @@ def operator(function: Callable[..., Any], schema: str, like: Callable[..., Any]
 
 def _lists(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
     return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape[:-1], dtype=torch.int32)
+
+
+def _blocks(length: int, size: int) -> int:
+    return (length + size - 1) // size
 
 
 listed = operator(lists.listed, "(Tensor keep) -> (Tensor, Tensor)", lambda keep: _lists(keep, *keep.shape))
@@ -63,12 +67,40 @@ best_windows = operator(
         q, q.shape[0], q.shape[1] // together, q.shape[2], picking.windows_width(q.shape[2], count, dense, *rule)
     ),
 )
+tournament = operator(
+    tournaments.tournament,
+    "(Tensor q, Tensor k, SymInt count, SymInt query_stride, SymInt key_stride, SymInt query_block, SymInt key_block, "
+    "SymInt offset) -> (Tensor, Tensor)",
+    lambda q, k, count, query_stride, key_stride, query_block, key_block, offset: _lists(
+        q, *q.shape[:2], _blocks(k.shape[2], query_block) - offset // query_block,
+        tournaments.lists_width(_blocks(k.shape[2], key_block), count, query_block, key_block),
+    ),
+)  # fmt: skip
+by_four_bits = operator(
+    low_bits.by_four_bits,
+    "(Tensor q, Tensor k, float scale, float least, SymInt sink, SymInt near, SymInt query_block, SymInt key_block, "
+    "SymInt offset) -> (Tensor, Tensor)",
+    lambda q, k, scale, least, sink, near, query_block, key_block, offset: _lists(
+        q, *q.shape[:2], _blocks(k.shape[2], query_block) - offset // query_block, _blocks(k.shape[2], key_block)
+    ),
+)
 stripes = operator(
     picking.stripes,
     "(Tensor q, Tensor k, float scale, SymInt size) -> Tensor",
     lambda q, k, scale, size: q.new_empty(
         2, *q.shape[:2], (k.shape[2] + size - 1) // size, dtype=torch.promote_types(q.dtype, torch.float32)
     ),
+)
+
+heaviest_cells = operator(
+    crossing.heaviest_cells,
+    "(Tensor q, Tensor k, float scale, Tensor share, SymInt first) -> Tensor",
+    lambda q, k, *_: q.new_empty(*q.shape[:3], k.shape[2], dtype=torch.bool),
+)
+crossed = operator(
+    crossing.crossed,
+    "(Tensor columns, Tensor diagonals, Tensor cells, Tensor share, SymInt first) -> (Tensor, Tensor)",
+    lambda columns, diagonals, cells, *_: _lists(cells, *cells.shape),
 )
 
 
@@ -90,3 +122,68 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 block_means = operator(picking.block_means, "(Tensor x, SymInt size, SymInt start) -> Tensor", _means)
 block_means.register_autograd(_differentiate, setup_context=_keep)
+
+
+# ---- hash and sort ----
+
+hashed = operator(
+    sorting.hashed,
+    "(Tensor q, Tensor k, Tensor g) -> (Tensor, Tensor)",
+    lambda q, k, g: (q.new_empty(q.shape[:3], dtype=torch.int32), k.new_empty(k.shape[:3], dtype=torch.int32)),
+)
+in_order = operator(
+    sorting.in_order,
+    "(Tensor ranks, SymInt many) -> (Tensor, Tensor)",
+    lambda ranks, many: (torch.empty_like(ranks), torch.empty_like(ranks)),
+)
+BLOCKS = "(Tensor x, Tensor order, Tensor places, SymInt blocks, SymInt size, SymInt group) -> Tensor"
+to_blocks = operator(
+    sorting.to_blocks,
+    BLOCKS,
+    lambda x, order, places, blocks, size, group: x.new_empty(x.shape[0], x.shape[1] * blocks, size, x.shape[3]),
+)
+from_blocks = operator(sorting.from_blocks, BLOCKS, lambda x, order, *_: x.new_empty(*order.shape, x.shape[3]))
+
+
+def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.order = inputs
+
+
+to_blocks.register_autograd(
+    lambda ctx, grad: (from_blocks(grad.contiguous(), *ctx.order), *[None] * 5), setup_context=_keep_order
+)
+from_blocks.register_autograd(
+    lambda ctx, grad: (to_blocks(grad.contiguous(), *ctx.order), *[None] * 5), setup_context=_keep_order
+)
+
+
+# ---- attention inside of a Function ----
+
+attended = operator(
+    within.attended,
+    "(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? of_q, Tensor? of_k) -> (Tensor, Tensor)",
+    lambda q, k, v, *_: (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
+    ),
+)
+attended_gradients = operator(
+    within.attended_gradients,
+    "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor dlse, float scale, bool causal, "
+    "Tensor? of_q, Tensor? of_k) -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+)
+
+
+def _keep_attended(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, scale, causal, *numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, *numbers)
+    ctx.scale, ctx.causal = scale, causal
+
+
+def _differentiate_attended(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    *made, of_q, of_k = ctx.saved_tensors
+    return *attended_gradients(*made, do, dlse, ctx.scale, ctx.causal, of_q, of_k), *[None] * 4
+
+
+attended.register_autograd(_differentiate_attended, setup_context=_keep_attended)

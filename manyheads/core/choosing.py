@@ -6,7 +6,6 @@ have kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -23,12 +22,6 @@ def block_means(x: Tensor, size: int, start: int = 0) -> Tensor:
     The first token stands at place `start` of its block; the first and the last block may hold fewer than `size`.
     """
     return builders.block_means(x, size, start)
-
-
-def by_runs(choose: Callable[[Tensor, int], Tensor], q: Tensor, offset: int, size: int = 128) -> Tensor:
-    """choose(q of some queries, the first one's position) -> [..., queries, m], a run of queries at a time: for choices
-    that score so many keys that the scores of all queries would not fit in memory."""
-    return torch.cat([choose(run, offset + n * size) for n, run in enumerate(q.split(size, -2))], -2)
 
 
 def past_blocks(queries: int, keys: int, *, first: int, device: torch.device) -> Tensor:
@@ -122,3 +115,31 @@ def best_windows(
     """
     numbers = count, dense, together, kernel, stride
     return Blocks(*builders.best_windows(q, k, scale, *numbers, *astuple(past)))
+
+
+# ---- of keys that are looked at one by one ----
+
+
+def tournament(
+    q: Tensor, k: Tensor, count: int, *, query_block: int, key_block: int, offset: int, query_stride: int = 1,
+    key_stride: int = 1,
+) -> Blocks:  # fmt: skip
+    """The key blocks that each query block overlaps, and of those before it up to `count`: it cuts them into so many
+    chunks, and halves these until they are blocks. Of all halves the `count` stay whose middle block has the greatest
+    q.k, of every so many queries of the query block and every so many keys.
+
+    q: [batch, heads, queries, dim], the last ones of k [batch, kv_heads, len, dim]. offset: the first query's position.
+    """
+    return Blocks(*builders.tournament(q, k, count, query_stride, key_stride, query_block, key_block, offset))
+
+
+def by_four_bits(
+    q: Tensor, k: Tensor, least: float, *, scale: float, sink: int, near: int, query_block: int, key_block: int,
+    offset: int,
+) -> Blocks:  # fmt: skip
+    """The past key blocks that hold a key whose weight, as 4 bits estimate it, is e^least times the sum of the weights
+    of the first `sink` keys and the last `near` up to the end of the query block, and the blocks of these.
+
+    q and k: as for tournament. A row less the mean of all has 15 steps for its numbers; keys are meant less their mean.
+    """
+    return Blocks(*builders.by_four_bits(q, k, scale, least, sink, near, query_block, key_block, offset))

@@ -204,11 +204,19 @@ class Blocks:
         last = torch.iinfo(indices.dtype).max
         return cls(torch.where(there, indices, last).sort(-1).values, there.sum(-1))
 
+    @property
+    def shared(self) -> Blocks:
+        """With one head, if in memory all heads have the same lists; else these."""
+        same = self.indices.shape[1] > 1 and self.indices.stride(1) == self.counts.stride(1) == 0
+        return Blocks(self.indices[:, :1], self.counts[:, :1]) if same else self
+
     def to_map(self, key_blocks: int) -> Tensor:
-        """The boolean map [batch, heads, query blocks, key blocks] again."""
-        meant = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        keep = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return keep.scatter(-1, torch.where(meant, self.indices.long(), key_blocks), True)[..., :key_blocks]
+        """The boolean map [batch, heads, query blocks, key blocks] again; heads that share lists share it."""
+        own = self.shared
+        meant = torch.arange(own.indices.shape[-1], device=own.indices.device) < own.counts[..., None]
+        keep = torch.zeros(*own.counts.shape, key_blocks + 1, dtype=torch.bool, device=own.indices.device)
+        keep = keep.scatter(-1, torch.where(meant, own.indices.long(), key_blocks), True)[..., :key_blocks]
+        return keep.expand(-1, self.indices.shape[1], -1, -1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -295,7 +303,8 @@ class Sum(Form):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Function(Form):
-    """Anything else: forward(q, k, v, *, scale, **operands) -> o. Runs eagerly; torch.compile may be used on it.
+    """Anything else: forward(q, k, v, *, scale, **operands) -> o. Runs as it is written; torch.compile may be used on
+    it, and what it is made of may be operators for which an engine has kernels (`core/builders.py`).
 
     query_context: how many queries before its own an output needs; a decoding step passes them along.
     """

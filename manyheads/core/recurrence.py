@@ -64,6 +64,18 @@ def recur(form: Recurrence, x: Inputs, base: Base, by_value: Base, *, columns: i
     return zeroed(o[:, :, n - 1 :: n], asks), end
 
 
+def is_direct(form: Recurrence) -> bool:
+    """Whether `recur` is one call of `base`, for what it was given."""
+    return (
+        form.causal
+        and form.query_feature is form.key_feature is identity
+        and form.decay is None
+        and form.writes == 1
+        and form.write != "slots"
+        and form.normaliser == "none"
+    )
+
+
 def _behind(first: Tensor, others: Tensor) -> Tensor:
     """What a token writes one after the other, as tokens."""
     return torch.cat([first[:, :, :, None], others.to(first.dtype)], 3).flatten(2, 3)

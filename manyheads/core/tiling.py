@@ -17,7 +17,7 @@ from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
 from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs, Positions, as_range, as_rows
 
-KEY_TILE = 128
+KEY_TILE = 64
 QUERY_TILE = 128
 SMALL = 2**14  # pairs of query and key
 
@@ -53,7 +53,7 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
     b = torch.arange(x.batch, device=device).view(-1, 1, 1, 1)
     h = torch.arange(x.heads, device=device).view(1, -1, 1, 1)
     operands = position_operands(scores, x)
-    tiles = _tiles(program, x, size, operands)
+    tiles = tile_map(program, x, as_range(x.q_positions), as_range(x.kv_positions), (size, KEY_TILE), operands)
     chosen = _chosen(form, x) if isinstance(form, Selection) else None
 
     for start in range(0, x.q_len, size):
@@ -71,24 +71,20 @@ def chunks(form: Scores | Selection, x: Inputs, elements: int = 2**25) -> Iterat
         yield Chunk(rows, columns, i, j, partial(_mask, None if full else program, chosen, b, h, operands))
 
 
-def _tiles(program: Program, x: Inputs, size: int, operands: dict[str, Tensor]) -> Tensor:
-    """The tile map on the CPU.
+def tile_map(
+    program: Program, x: Inputs, i: Tensor | range, j: Tensor | range, tile: tuple[int, int],
+    operands: dict[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """The map on the CPU of tiles of the positions i and j of x's tokens, see Program.tiles.
 
-    For little work, a step of decoding above all, a map would cost more than it saves: every tile is then partial, or
-    full if there is nothing to mask.
+    For little work, a step of decoding above all, it would cost more than it saves: every tile is then partial, or full
+    if there is nothing to mask.
     """
     if x.q_len * x.kv_len > SMALL:
-        return program.tiles(
-            as_range(x.q_positions),
-            as_range(x.kv_positions),
-            (size, KEY_TILE),
-            x.batch,
-            x.heads,
-            device=None,
-            **operands,
-        ).cpu()
-    state = PARTIAL if program.has_mask or x.ragged else FULL
-    return torch.full((1, 1, -(-x.q_len // size), -(-x.kv_len // KEY_TILE)), state, dtype=torch.uint8)
+        return program.tiles(i, j, tile, x.batch, x.heads, device=None, **operands).cpu()
+    state = PARTIAL if program.has_mask or isinstance(i, Tensor) or isinstance(j, Tensor) else FULL
+    rows, columns = (t.shape[-1] if isinstance(t, Tensor) else len(t) for t in (i, j))
+    return torch.full((1, 1, -(-rows // tile[0]), -(-columns // tile[1])), state, dtype=torch.uint8)
 
 
 def _mask(

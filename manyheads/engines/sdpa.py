@@ -1,13 +1,14 @@
 """torch's scaled_dot_product_attention, over the keys that intervals and block lists leave.
 
 Grouped heads are folded into the queries instead of repeating keys; a mask is built for partial tiles only, a chunk of
-queries at a time, and once more in the backward pass. Where heads chose different blocks each gets keys of its own,
-gathered for a block of queries at a time.
+queries at a time, and once more in the backward pass. Where blocks were chosen each block of queries gets keys of its
+own, gathered for some of them at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.core.eagerly import eagerly
+from manyheads.core.expressions import EMPTY, FULL, PARTIAL, Program
 from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs
-from manyheads.core.selection import fixed
-from manyheads.core.tiling import Chunk, choose, chunks, plain, position_operands, row_start, seen_pairs
+from manyheads.core.tiling import Chunk, choose, chunks, plain, position_operands, row_start, seen_pairs, tile_map
 
 LEAST = 32  # queries in a block, for which gathering keys pays
+AT_ONCE = 2**18  # pairs of query and key, for each thread: keys, values and scores stay in its cache
+LARGER = 4  # times as many where a backward pass adds to the gradients of all keys for each call
 
 
 def why_not(form: Form, x: Inputs, lse: bool = False) -> str | None:
@@ -51,25 +54,26 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
     assert isinstance(form, Scores | Selection), "why_not said so"
     if isinstance(form, Scores) and plain(form, x):
         return _grouped(x, is_causal=form.program.has_mask), None
-    return (COMPILED if torch.compiler.is_compiling() else _in_chunks)(form, x)[0], None
+    return (COMPILED if torch.compiler.is_compiling() else _in_parts)(form, x)[0], None
 
 
-def _in_chunks(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
-    if isinstance(form, Selection) and form.query_block >= LEAST and x.q_len and x.kv_len:
-        blocks = choose(form, x)
-        if _differ(blocks, -(-x.kv_len // form.key_block)):
-            return _by_heads(form, x, blocks), None
-        form = fixed(form, blocks)
-    o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
-    again = x.wants_grad
-    for chunk in chunks(form, x):
-        o[:, :, chunk.rows] = checkpoint(_folded, x, chunk, use_reentrant=False) if again else _folded(x, chunk)
-    if again and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
+def _in_parts(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
+    gathers = isinstance(form, Selection) and form.query_block >= LEAST and x.q_len and x.kv_len
+    o = _by_lists(form, x) if gathers else _by_chunks(form, x)  # type: ignore[arg-type]  a Selection
+    if x.wants_grad and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
         o = x.nothing()
     return o, None
 
 
-COMPILED = eagerly("sdpa", _in_chunks, has_lse=False)
+def _by_chunks(form: Scores | Selection, x: Inputs) -> Tensor:
+    o = x.q.new_zeros(x.batch, x.heads, x.q_len, x.v_head_dim)
+    for chunk in chunks(form, x):
+        own = x, chunk
+        o[:, :, chunk.rows] = checkpoint(_folded, *own, use_reentrant=False) if x.wants_grad else _folded(*own)
+    return o
+
+
+COMPILED = eagerly("sdpa", _in_parts, has_lse=False)
 
 
 def again(form: Form, x: Inputs) -> Callable[[Sequence[Tensor]], tuple[Tensor, None]] | None:
@@ -112,47 +116,102 @@ def _folded(x: Inputs, chunk: Chunk) -> Tensor:
     return o if seen is None else torch.where(seen, o, 0.0)
 
 
-# ---- heads that chose different blocks ----
+# ---- blocks that were chosen ----
 
 
-def _differ(blocks: Blocks, key_blocks: int) -> bool:
-    """Whether all heads together look at twice as much as one of them."""
-    together = blocks.to_map(key_blocks).flatten(0, 1).any(0).sum()
-    return bool(together > 2 * blocks.counts.flatten(0, 1).sum(-1).float().mean())
+class _Lists(NamedTuple):
+    """What blocks of queries look at, a list for each, of one length.
+
+    b, h, n: batch rows, heads and numbers of the blocks of queries, [lists]. at [lists, all]: where its blocks are
+    among those of all keys, in front what is seen whole. others: the numbers of the rest, [lists, some].
+    """
+
+    b: Tensor
+    h: Tensor
+    n: Tensor
+    at: Tensor
+    others: Tensor
 
 
-def _by_heads(form: Selection, x: Inputs, blocks: Blocks) -> Tensor:
-    size, start, device = form.query_block, row_start(x.q_positions), x.q.device
-    operands = position_operands(form.scores, x)
-    cut = (0, 0, 0, -x.kv_len % form.key_block)
-    keys, values = (pad(t, cut).unflatten(2, (-1, form.key_block)) for t in (x.k, x.v))
-    parts = []
-    for n in range(blocks.counts.shape[2]):
-        first = (start // size + n) * size  # the position of the block's first query
-        rows = slice(max(first - start, 0), min(first + size - start, x.q_len))
-        i = torch.arange(start + rows.start, start + rows.stop, device=device).view(1, 1, -1, 1)
-        own = x.q[:, :, rows], keys, values, blocks.indices[:, :, n], blocks.counts[:, :, n], i, form, x, operands
-        parts.append(checkpoint(_gathered, *own, use_reentrant=False) if x.wants_grad else _gathered(*own))
-    return torch.cat(parts, 2)
+def _by_lists(form: Selection, x: Inputs) -> Tensor:
+    """Lists of equal lengths are computed together, so that none is padded."""
+    program, operands, device = form.scores.program, position_operands(form.scores, x), x.q.device
+    blocks, start = choose(form, x), row_start(x.q_positions)
+    count = blocks.counts.shape[2]
+    size, ahead = (form.query_block, start % form.query_block) if count > 1 else (x.q_len, 0)
+    ends, cut = (ahead, count * size - ahead - x.q_len), (0, -x.kv_len % form.key_block)
+    i = pad(torch.arange(start, start + x.q_len, device=device), ends, value=-1)
+    j = pad(torch.arange(x.kv_len, device=device), cut, value=-1)
+    tiles = tile_map(program, x, i, j, (size, form.key_block), operands).to(device)
+    full, partial, listed = _sorted(blocks, tiles.expand(x.batch, x.heads, -1, -1))
+    at = i.view(-1, size), j.view(-1, form.key_block)
+
+    n, b, h = torch.cartesian_prod(*(torch.arange(end, device=device) for end in (count, x.batch, x.heads))).T
+    first = (b * x.kv_heads + h * x.kv_heads // x.heads) * len(at[1])
+    lengths, order = (full * (listed.shape[1] + 1) + partial).sort(stable=True)
+    lengths, numbers = lengths.unique_consecutive(return_counts=True)
+    pieces, room = [], AT_ONCE * torch.get_num_threads() * (LARGER if x.wants_grad else 1)
+    for length, alike in zip(lengths.tolist(), order.split(numbers.tolist()), strict=True):
+        whole, some = divmod(length, listed.shape[1] + 1)
+        for own in alike.split(max(1, room // (size * form.key_block * max(1, whole + some)))):
+            found = listed[own, : whole + some]
+            pieces.append(_Lists(b[own], h[own], n[own], first[own, None] + found, found[:, whole:]))
+
+    keys, values = (_cut(t, cut, form.key_block) for t in (x.k, x.v))
+    places = ((b * x.heads + h) * count + n)[order]
+    queries, counts = _cut(x.q, ends, size), [len(lists.n) for lists in pieces]
+    rest = keys, values, at, program, x.scale, operands
+    if x.wants_grad:
+        sorted_queries = queries.index_select(0, places).split(counts)
+        parts = [
+            checkpoint(_listed, q, lists, *rest, use_reentrant=False)
+            for q, lists in zip(sorted_queries, pieces, strict=True)
+        ]
+        o = torch.cat(parts).index_select(0, places.argsort())
+    else:
+        o = x.q.new_empty(len(places), size, x.v_head_dim)
+        for own, lists in zip(places.split(counts), pieces, strict=True):
+            o.index_copy_(0, own, _listed(queries.index_select(0, own), lists, *rest))
+    return o.unflatten(0, (x.batch, x.heads, -1)).flatten(2, 3)[:, :, ahead : ahead + x.q_len].contiguous()
 
 
-def _gathered(
-    q: Tensor, keys: Tensor, values: Tensor, listed: Tensor, counts: Tensor, i: Tensor, form: Selection, x: Inputs,
+def _sorted(blocks: Blocks, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each list how many of its blocks are full and how many partial, [lists], and the blocks in this order, [lists,
+    n]. Lists are ordered by the block of queries, the batch row and the head."""
+    meant = torch.arange(blocks.indices.shape[-1], device=tiles.device) < blocks.counts[..., None]
+    listed = torch.where(meant, blocks.indices.long(), 0)
+    states, order = torch.where(meant, tiles.gather(-1, listed), EMPTY).sort(dim=-1, descending=True, stable=True)
+    full, partial = ((states == state).sum(-1).permute(2, 0, 1).flatten() for state in (FULL, PARTIAL))
+    return full, partial, listed.gather(-1, order).permute(2, 0, 1, 3).flatten(0, 2)
+
+
+def _cut(t: Tensor, ends: tuple[int, int], size: int) -> Tensor:
+    """Blocks [batch * heads * blocks, size, dim] of t [batch, heads, len, dim]."""
+    return (pad(t, (0, 0, *ends)) if any(ends) else t).unflatten(2, (-1, size)).flatten(0, 2)
+
+
+def _listed(
+    q: Tensor, lists: _Lists, keys: Tensor, values: Tensor, at: tuple[Tensor, Tensor], program: Program, scale: float,
     operands: dict[str, Tensor],
 ) -> Tensor:  # fmt: skip
-    """Of one block of queries. keys, values: [batch, kv_heads, key blocks, key_block, dim]."""
-    width = max(1, int(counts.max()))
-    b = torch.arange(x.batch, device=q.device).view(-1, 1, 1, 1)
-    h = torch.arange(x.heads, device=q.device).view(1, -1, 1, 1)
-    there = torch.arange(width, device=q.device) < counts[..., None]
-    listed = torch.where(there, listed[..., :width].long(), 0)
-    j = listed[..., None] * form.key_block + torch.arange(form.key_block, device=q.device)
-    j = torch.where(there[..., None] & (j < x.kv_len), j, -1).flatten(2)[:, :, None]
-    program = form.scores.program
-    allowed = seen_pairs(program, b, h, i, j, operands) if program.has_mask else (i >= 0) & (j >= 0)
-    seen = allowed.any(-1, keepdim=True)
-    place = b[..., 0], h[..., 0] * x.kv_heads // x.heads, listed
-    o = scaled_dot_product_attention(
-        q, keys[place].flatten(2, 3), values[place].flatten(2, 3), allowed | ~seen, scale=x.scale
-    )
-    return torch.where(seen, o, 0.0)
+    """q [lists, size, head_dim]; keys and values [blocks, key_block, dim], all there are; at: the positions in the
+    blocks of queries and of keys, [blocks, size], -1 where there is no token."""
+    if not lists.at.shape[1]:
+        return q.new_zeros(*q.shape[:2], values.shape[2])
+    k, v = (t.index_select(0, lists.at.flatten()).view(len(q), 1, -1, t.shape[2]) for t in (keys, values))
+    bias = seen = None
+    if lists.others.shape[1]:
+        # Several heads often have the same block of queries and of keys: once for all of them.
+        depends, none = program.mask_depends, torch.zeros_like(lists.n)
+        b, h = lists.b if "b" in depends else none, lists.h if "h" in depends else none
+        (b, h, n, *others), same = torch.stack([b, h, lists.n, *lists.others.T]).unique(dim=1, return_inverse=True)
+        i, j = at[0][n][:, None, :, None], at[1][torch.stack(others, 1)].flatten(1)[:, None, None]
+        allowed = seen_pairs(program, b.view(-1, 1, 1, 1), h.view(-1, 1, 1, 1), i, j, operands)
+        whole = k.shape[2] - j.shape[3]
+        if not whole:  # some may see nothing: let them see all, then zero them, as in _folded
+            seen = allowed.any(-1, keepdim=True)
+            allowed, seen = allowed | ~seen, seen[same]
+        bias = q.new_zeros(*k.shape[:2], q.shape[1], k.shape[2])
+        bias[..., whole:] = torch.where(allowed, 0.0, -torch.inf).to(q.dtype)[same]
+    o = scaled_dot_product_attention(q[:, None], k, v, bias, scale=scale)
+    return (o if seen is None else torch.where(seen, o, 0.0))[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from manyheads import attention, get
@@ -62,6 +63,17 @@ def test_keeps_top_k_keys_beside_the_own_block():
     keep = kept(q, k)
     past = torch.arange(51) < 2 * (torch.arange(len(keep)) + 15)[:, None]
     assert (keep & past).sum(-1).eq(8).all() and (keep & ~past).sum(-1).tolist() == [2] * 10 + [1]
+
+
+def test_of_a_block_that_has_begun_the_first_query_that_is_there_is_scored():
+    """A step of decoding chooses for itself, wherever it stands in its block."""
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 103, 8)
+    assert kept(q, k, query_stride=4).equal(kept(q, k))
+
+
+def test_some_key_of_a_block_is_scored():
+    with pytest.raises(ValueError, match="key_stride 3"):
+        get("hip_attention")(key_block=2, key_stride=3)
 
 
 def test_single_queries_ignore_the_future():

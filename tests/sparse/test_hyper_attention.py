@@ -3,13 +3,14 @@
 import torch
 
 from manyheads import attention
-from manyheads.mechanisms.sparse.hyper_attention import directions, gray_rank
+from manyheads.core.builders import hashed
+from manyheads.mechanisms.sparse.hyper_attention import directions
 from tests.test_mechanisms import Memory
 
 
 def test_buckets_beside_each_other_differ_in_one_sign():
     signs = torch.tensor([[(n >> bit & 1) * 2.0 - 1 for bit in range(4)] for n in range(16)])
-    ranks = gray_rank(signs, torch.eye(4))
+    ranks = hashed(signs[None, None], signs[None, None], torch.eye(4))[0].flatten()
     assert ranks.sort().values.tolist() == list(range(16))
     assert ((signs[ranks.argsort()].diff(dim=0) != 0).sum(1) == 1).all()
 
@@ -27,7 +28,7 @@ def estimates(q, k, samples, seeds=1000):
     e = (q @ k.mT * 8**-0.5).exp().flatten()
     found = []
     for seed in range(seeds):
-        lowest = gray_rank(k[0, 0], directions(8, 7, seed)).argsort(stable=True)[0]
+        lowest = hashed(q, k, directions(8, 7, seed))[1].flatten().argsort(stable=True)[0]
         v = torch.zeros(1, 1, 64, 1, dtype=torch.float64)
         v[:, :, lowest] = 1.0
         settings = {"block_size": 8, "samples": samples, "min_len": 1, "causal": False, "draw": seed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from manyheads import attention, get
-from manyheads.mechanisms.sparse.sale import _four_bits
+from manyheads.core.low_bits import four_bits
 
 SIZES = {"query_block": 8, "key_block": 8, "sink": 8, "local": 16, "dense_len": 0}
 
@@ -19,7 +19,8 @@ def kept(q, k, **settings):
 
 def test_four_bits_are_fifteen_steps():
     x = torch.tensor([[7.0, -6.6, 0.4, 0.6], [0.0, 0.0, 0.0, 0.0], [-14.0, 0.9, 1.1, 13.1]])
-    assert _four_bits(x).tolist() == [[7, -7, 0, 1], [0, 0, 0, 0], [-14, 0, 2, 14]]
+    steps, size = four_bits(x)
+    assert (steps * size).tolist() == [[7, -7, 0, 1], [0, 0, 0, 0], [-14, 0, 2, 14]]
 
 
 def test_finds_a_single_key():

@@ -83,8 +83,8 @@ def hesitates(form: Form, x: Inputs) -> str | None:
         return "Triton's interpreter is for tests: ask for it by name"
     if isinstance(form, Recurrence):
         return None
-    if isinstance(form, Selection) and (why := hopper.why_no_lists(form, x)) is not None:
-        return f"it would read a map of the chosen blocks, which was not timed ({why}): ask for it by name"
+    if isinstance(form, Selection) and x.wants_grad and (why := hopper.why_no_lists(form, x)) is not None:
+        return f"it would read a map of the chosen blocks, whose gradients were not timed ({why}): ask for it by name"
     inner = form.scores if isinstance(form, Selection) else form
     if hopper.why_not(inner, x) is not None:
         return "the kernels for any GPU were checked on an H100 and not timed beside the others: ask for them by name"
@@ -110,8 +110,10 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def again(form: Form, x: Inputs) -> Callable[[Sequence[Tensor]], tuple[Tensor | None, ...] | None] | None:
-    """What the last `run` did, for other q, k, v and operands like those of x; None if that is not known yet, or may be
-    something else the next time."""
+    """What the last `run` did, for other q, k, v, operands and, where x has one, another state behind them, like those
+    of x; None if that is not known yet, or may be something else the next time."""
+    if isinstance(form, Recurrence):
+        return chunked.again(form, x)
     if not isinstance(form, Scores) or x.q.device.type != "cuda":
         return None
     from manyheads.engines.triton import launch

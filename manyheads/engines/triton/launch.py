@@ -13,7 +13,7 @@ from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs, Positions
 from manyheads.core.rows import unseen
 from manyheads.core.tiling import position_operands
-from manyheads.engines.triton import backward, forward, gradients, hopper
+from manyheads.engines.triton import backward, forward, gradients, hopper, quick
 from manyheads.engines.triton.blocks import Block, cdiv, padded
 from manyheads.engines.triton.call import Call, kernel_of
 
@@ -350,4 +350,6 @@ def _flat(positions: Positions) -> Positions:
 
 def _like(q: Tensor, v_head_dim: int) -> Tensor:
     """An output, laid out as the queries are."""
-    return _rows(torch.empty_like(q)) if q.shape[3] == v_head_dim else q.new_empty(*q.shape[:3], v_head_dim)
+    if q.shape[3] == v_head_dim:
+        return _rows(quick.empty_like(q))
+    return quick.empty((*q.shape[:3], v_head_dim), q.dtype, q.device)

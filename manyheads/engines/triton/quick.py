@@ -232,10 +232,11 @@ class Watched(NamedTuple):
 
 @dataclass
 class Seen:
-    """What was launched, None if some of it went the ordinary way, and the tensors of `empty`."""
+    """What was launched, None if some of it went the ordinary way, and the tensors of `empty`, `zeros` and
+    `empty_like`, each with what makes another like it."""
 
     launches: list[Watched] | None
-    fresh: list[Tensor]
+    fresh: list[tuple[Callable[[Tensor], Tensor], Tensor]]
 
 
 @contextmanager
@@ -250,9 +251,22 @@ def watched() -> Iterator[Seen]:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor for launches to fill."""
-    made = torch.empty(shape, dtype=dtype, device=device)
+    return _noted(torch.empty_like, torch.empty(shape, dtype=dtype, device=device))
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, of zeros."""
+    return _noted(torch.zeros_like, torch.zeros(shape, dtype=dtype, device=device))
+
+
+def empty_like(t: Tensor) -> Tensor:
+    """The same, laid out as torch.empty_like does."""
+    return _noted(torch.empty_like, torch.empty_like(t))
+
+
+def _noted(make: Callable[[Tensor], Tensor], made: Tensor) -> Tensor:
     if (seen := _watching()) is not None:
-        seen.fresh.append(made)
+        seen.fresh.append((make, made))
     return made
 
 

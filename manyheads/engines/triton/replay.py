@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from manyheads.engines.triton import quick
 Key = tuple[Any, ...]
 Made = tuple[Tensor | None, ...]
 Given = Sequence[Tensor | None]
+Make = Callable[[Tensor], Tensor]
+APART = 512  # bytes
 
 
 def key_of(form: Scores, x: Inputs, given: Given, *rest: Any) -> Key | None:
@@ -41,8 +44,8 @@ def replayed(
     key: Key | None, given: Given, captured: Sequence[Tensor], still: Callable[[], Iterable[Tensor]],
     compute: Callable[[], Made],
 ) -> Made:  # fmt: skip
-    """What `compute` gives: tensors of `quick.empty`, or None. still: what its launches may read besides `given`, the
-    same for equal keys as long as nobody writes to the captured tensors."""
+    """What `compute` gives: tensors of `quick.empty` and the like, given ones, or None. still: what its launches may
+    read besides `given`, the same for equal keys as long as nobody writes to the captured tensors."""
     if key is None:
         return compute()
     call = _KNOWN.get(key)
@@ -55,6 +58,11 @@ def replayed(
     if call is not None:
         keep_latest(_KNOWN, key, call)
     return made
+
+
+def forget() -> None:
+    """For who changed what calls depend on besides, as tables of tiles."""
+    _KNOWN.clear()
 
 
 def known(key: Key | None) -> Call | None:
@@ -87,11 +95,13 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Launches. Tensors are numbered: given ones, then fresh ones, which are made like those in `fresh`. made: the
-    results. captured: tensors and the versions that they must have still. kept: what launches read besides."""
+    """Launches. Tensors are numbered: given ones, then fresh ones that are results, each made like one in `fresh`, then
+    those that nobody sees, which are parts of few: `scratch`, with where in it they begin. made: the results. captured:
+    tensors and the versions that they must have still. kept: what launches read besides."""
 
     device: int
-    fresh: tuple[Tensor, ...]
+    fresh: tuple[tuple[Make, Tensor], ...]
+    scratch: tuple[tuple[Make, Tensor, tuple[int, ...]], ...]
     launches: tuple[Launch, ...]
     made: tuple[int | None, ...]
     captured: tuple[tuple[Tensor, int, int], ...]
@@ -106,8 +116,12 @@ class Call:
         for tensor, version, place in self.captured:
             if tensor._version != version or tensor.data_ptr() != place:
                 return None
-        tensors: list[Any] = [*given, *map(torch.empty_like, self.fresh)]
+        tensors: list[Any] = [*given, *[make(like) for make, like in self.fresh]]
         places = [0 if t is None else t.data_ptr() for t in tensors]
+        blocks = [make(like) for make, like, _ in self.scratch]
+        for block, (_, _, begins) in zip(blocks, self.scratch, strict=True):
+            first = block.data_ptr()
+            places += [first + begin for begin in begins]
         stream = active.get_current_stream(device)
         for launch in self.launches:
             launch(places, stream)
@@ -118,10 +132,18 @@ def call_of(
     seen: quick.Seen, given: Given, made: Made, captured: Sequence[Tensor], still: Iterable[Tensor]
 ) -> Call | None:  # fmt: skip
     """None if some launch was not direct, or touched what is neither given, nor fresh, nor still: a copy of something
-    given, as it was then. Nor is it known when a tensor of inference mode is written to."""
+    given, as it was then. Nor is it known when a tensor of inference mode is written to. And if torch wrote to what is
+    fresh, that is not repeated."""
     if not seen.launches or any(t.is_inference() for t in captured):
         return None
-    known = (*given, *seen.fresh)
+    if any(not t.is_inference() and t._version for _, t in seen.fresh):
+        return None
+    results = [(make, t) for make, t in seen.fresh if any(t is own for own in made)]
+    hidden: dict[Make, list[Tensor]] = {}
+    for make, t in seen.fresh:
+        if not any(t is own for own in made):
+            hidden.setdefault(make, []).append(t)
+    known = (*given, *[t for _, t in results], *chain(*hidden.values()))
     numbers = {t.data_ptr(): number for number, t in reversed([*enumerate(known)]) if t is not None}
     kept = {t.data_ptr(): t for t in still}
     launches, used = [], {}
@@ -135,14 +157,30 @@ def call_of(
         rest = tuple(a if place is None else place for a, place in zip(arguments, places, strict=True))
         own = tuple((numbers[box.base.data_ptr()], _encoder(direct, at, box)) for at, box in enumerate(boxes))
         launches.append(Launch(direct, programs, own, rest, tuple((at, numbers[p]) for at, p in slots.items())))
-    if used.keys() & numbers.keys() or any(t is not None and t.data_ptr() not in numbers for t in made):
+    found = tuple(None if t is None else next((n for n, own in enumerate(known) if own is t), -1) for t in made)
+    if used.keys() & numbers.keys() or -1 in found:
         return None
-    # One number, expanded: torch takes a tensor to make another like it in half the time that it takes sizes.
-    fresh = tuple(t.new_empty(1).expand(t.shape) for t in seen.fresh)
-    results = tuple(None if t is None else numbers[t.data_ptr()] for t in made)
+    # Torch takes a tensor to make another like it in half the time that it takes sizes.
+    fresh = tuple((make, _without_numbers(t)) for make, t in results)
+    scratch = tuple((make, *_together(tensors)) for make, tensors in hidden.items())
     versions = tuple((t, t._version, t.data_ptr()) for t in captured)
-    device = seen.fresh[0].device.index or 0
-    return Call(device, fresh, tuple(launches), results, versions, tuple(used.values()))
+    device = seen.fresh[0][1].device.index or 0
+    return Call(device, fresh, scratch, tuple(launches), found, versions, tuple(used.values()))
+
+
+def _without_numbers(t: Tensor) -> Tensor:
+    """As empty_like sees it laid out as t, with next to no memory."""
+    if t.is_contiguous():
+        return t.new_empty(1).expand(t.shape)
+    like = torch.empty_like(t)
+    like.untyped_storage().resize_(0)
+    return like
+
+
+def _together(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """What a tensor with room for all is made like, and where in it they begin, aligned as torch's tensors are."""
+    *begins, end = accumulate([-(-t.untyped_storage().nbytes() // APART) * APART for t in tensors], initial=0)
+    return tensors[0].new_empty(1, dtype=torch.uint8).expand(end), tuple(begins)
 
 
 def _encoder(direct: quick.Direct, at: int, box: quick.Box) -> Callable[[int], list[Any]]:

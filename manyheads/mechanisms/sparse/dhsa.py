@@ -110,8 +110,8 @@ def dhsa(
         # Sums as differences of running ones: adding up by chunk numbers takes another order each time on a GPU.
         numbers = torch.arange(n // chunk_size + 1, device=q.device).repeat(batch, 1)
         ends = F.pad(torch.searchsorted(at.contiguous(), numbers, right=True), (1, 0))
-        running = F.pad(k_mean.double().cumsum(1), (0, 0, 1, 0))
-        sums = running.gather(1, ends[..., None].expand(-1, -1, dim)).diff(dim=1).to(wide)
+        running = F.pad(k_mean.double().mT.contiguous().cumsum(-1), (1, 0))  # along memory, which is faster
+        sums = running.gather(-1, ends[:, None].expand(-1, dim, -1)).diff(dim=-1).mT.to(wide)
         k_chunks = sums / ends.diff(dim=-1).clamp(min=1).sqrt()[..., None]
         q_means = block_means(q.mean(1, dtype=wide), query_block, offset % query_block)
         g = torch.arange(chunk.shape[-1], device=q.device)

@@ -20,6 +20,7 @@ import math
 import torch
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
+from manyheads.core.builders import crossed, heaviest_cells
 from manyheads.core.choosing import block_means, fewest, past_blocks, products, stripes
 
 
@@ -105,11 +106,10 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
     @torch.no_grad()
     def select(q, k, *, scale, offset):
         q_len, n = q.shape[-2], k.shape[-2]
-        t = torch.arange(-(-n // block_size), device=q.device)
-        m = t[offset // block_size :, None]
-        past = past_blocks(len(m), len(t), first=offset // block_size, device=q.device).expand(*q.shape[:2], -1, -1)
         if q_len <= max(2 * block_size, min_budget):
-            return Blocks.from_map(past)
+            first, blocks = offset // block_size, -(-n // block_size)
+            past = past_blocks(blocks - first, blocks, first=first, device=q.device)
+            return Blocks.from_map(past.expand(*q.shape[:2], -1, -1))
         shown = q[..., -block_size:, :]
         columns, diagonals = stripes(shown, k, block_size, scale=scale)
         k_means = block_means(k, block_size)
@@ -119,13 +119,10 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
         divergence = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1).mean(0)
         aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
 
-        share = torch.where(aware, 0.0, gamma)
-        vertical, slash = (fewest(x, share, least, first=True) for x in (columns, diagonals))
-        striped = vertical[..., None, :] | slash[..., (m - t).clamp(min=0)]
-        q_means = block_means(q, block_size, offset % block_size) * scale
-        pooled = products(q_means, k_means).masked_fill(t > m, -torch.inf).softmax(-1) / len(m)
-        cells = fewest(pooled.flatten(-2), gamma).view_as(pooled)
-        return Blocks.from_map(past & (striped | cells & aware[..., None]))
+        vertical, slash = (fewest(x, torch.where(aware, 0.0, gamma), least, first=True) for x in (columns, diagonals))
+        q_means, share = block_means(q, block_size, offset % block_size), torch.where(aware, gamma, 0.0)
+        cells = heaviest_cells(q_means, k_means, scale, share, offset // block_size)
+        return Blocks(*crossed(vertical, slash, cells, share, offset // block_size))
 
     return Selection(
         select=select,

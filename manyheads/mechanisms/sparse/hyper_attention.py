@@ -19,12 +19,9 @@ arXiv:2310.05869.
 import math
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from manyheads.core import Function, Law, mechanism, merge
-
-RUN = 256  # queries that are computed together where all keys are seen
+from manyheads.core import Function, Law, mechanism
+from manyheads.core.builders import attended, from_blocks, hashed, in_order, to_blocks
 
 
 def reference(q, k, v, *, block_size=256, samples=256, min_len=4096, projections=7, causal=True, draw=0):
@@ -108,75 +105,93 @@ def hyper_attention(
 ) -> Function:  # fmt: skip
     """Sorted blocks of `block_size` keys and `samples` of the others; exact up to `min_len` tokens."""
 
-    def past(q, k, v, scale, g, first):
-        n, q_len = k.shape[3], q.shape[3]
-        if n <= min_len:
-            return exact(q, k, v, scale, masked=True)
-        half, early = n // 2, max(0, q_len - (n - n // 2))
-        (q_old, q_new), (k_old, k_new), (v_old, v_new) = (
-            (t[..., :at, :], t[..., at:, :]) for t, at in ((q, early), (k, half), (v, half))
-        )
-        before = past(q_old, k_old, v_old, scale, g, first)
-        late = merge(past(q_new, k_new, v_new, scale, g, first + half), all_pairs(q_new, k_old, v_old, scale, g, first))
-        return tuple(torch.cat(pair, 3) for pair in zip(before, late, strict=True))
-
-    def all_pairs(q, k, v, scale, g, first):
-        """(o, lse) without a mask, for keys that begin at position `first`."""
-        q_len, n = q.shape[3], k.shape[3]
-        if q_len < min_len:
-            return exact(q, k, v, scale, masked=False)
-        order, k_order = (gray_rank(t, g).argsort(dim=-1, stable=True) for t in (q, k))
-        q, k, v = (t.take_along_dim(o[..., None], 3) for t, o in ((q, order), (k, k_order), (v, k_order)))
+    def hashed_pairs(q, k, v, rank_q, rank_k, scale, firsts):
+        """(o, lse) of the own blocks of all queries, and of drawn keys; those of batch row b begin at firsts[b]."""
+        (_, heads, q_len, _), n, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+        of_q, of_k = (in_order(rank, 2**projections) for rank in (rank_q, rank_k))
         width = min(block_size, n)
         blocks = -(-n // width)
         size = -(-q_len // blocks)
-        there = torch.arange(blocks * width, device=q.device).view(blocks, 1, width) < n
-        o, lse = softmax(cut(q, blocks, size), cut(k, blocks, width), cut(v, blocks, width), scale, there)
-        near = o.flatten(3, 4)[..., :q_len, :], lse.flatten(3, 4)[..., :q_len]
+        at, k_at = (*of_q, blocks, size, group), (*of_k, blocks, width, 1)
+        o, lse = met(to_blocks(q, *at), to_blocks(k, *k_at), to_blocks(v, *k_at), blocks, blocks * width - n, scale)
+        near = from_blocks(o, *at), from_blocks(lse[..., None], *at)[..., 0]
 
-        drawn = sampled(q.shape[1] * q.shape[2], first, n, samples, draw).to(q.device).view(*q.shape[1:3], samples)
-        elsewhere = torch.arange(q_len, device=q.device)[:, None] // size != drawn[..., None, :] // width
-        k, v = (t.expand(*q.shape[:3], n, -1).take_along_dim(drawn[None, ..., None], 3) for t in (k, v))
-        o, lse = softmax(q, k, v, scale, elsewhere)
-        o, lse = merge(near, (o, lse + math.log(n / samples)))
-        back = order.argsort(-1)
-        return o.take_along_dim(back[..., None], 3), lse.take_along_dim(back, 3)
+        drawn = torch.stack([sampled(heads, first, n, samples, draw) for first in firsts]).to(q.device)
+        token = of_k[0].long().gather(2, drawn.view(len(k), k.shape[1], -1))[..., None]
+        k, v = (t.take_along_dim(token, 2).view(len(k), heads, samples, -1) for t in (k, v))
+        o, lse = attended(q, k, v, scale, False, of_q[1] // size, (drawn // width).int())
+        return near, (o, lse + math.log(n / samples))
 
     def forward(q, k, v, *, scale):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grouped = q.to(wide).unflatten(1, (k.shape[1], -1))
-        g = directions(q.shape[-1], projections, draw).to(q.device, wide)
-        o, _ = (past if causal else all_pairs)(grouped, k[:, :, None].to(wide), v[:, :, None].to(wide), scale, g, 0)
-        return o.flatten(1, 2).to(q.dtype)
+        queries, keys = range(k.shape[2] - q.shape[2], k.shape[2]), range(k.shape[2])
+        g = directions(q.shape[-1], projections, draw).to(q.device, torch.promote_types(q.dtype, torch.float32))
+        rank_q, rank_k = hashed(q, k, g)
+        parts = list(halves(queries, keys, min_len)) if causal else [(queries, keys, False)]
+        found = []
+        for size in dict.fromkeys(map(size_of, parts)):  # parts of a size at a time
+            i, j, _ = zip(*(part for part in parts if size_of(part) == size), strict=True)
+            of_q, of_k, (length, n, masked) = (i, queries), (j, keys), size
+            cut = stacked(q, *of_q), stacked(k, *of_k), stacked(v, *of_k)
+            if n <= min_len if masked else length < min_len:
+                made = [attended(*cut, scale, masked, None, None)]
+            else:
+                ranks = stacked(rank_q, *of_q), stacked(rank_k, *of_k)
+                made = hashed_pairs(*cut, *ranks, scale, [part.start for part in j for _ in q])
+            found += [(unstacked(o, *of_q, 0.0), unstacked(lse, *of_q, -math.inf)) for o, lse in made]
+        weights = torch.stack([lse for _, lse in found]).softmax(0)[..., None]
+        total = found[0][0] * weights[0]
+        for (o, _), weight in zip(found[1:], weights[1:], strict=True):
+            total = torch.addcmul(total, o, weight)
+        return total.to(q.dtype)
 
     return Function(forward=forward)
 
 
-def gray_rank(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Where the signs of x . g stand in Gray's order, int64 [...] of x [..., head_dim]; the last sign weighs most."""
-    bits = (x.detach() @ g > 0).long().flip(-1).cumsum(-1) % 2
-    return (bits << torch.arange(g.shape[1] - 1, -1, -1, device=x.device)).sum(-1)
+def halves(queries, keys, min_len):
+    """(queries, keys, whether later keys are masked), ranges of positions, which together are causal attention."""
+    if len(keys) <= min_len:
+        yield queries, keys, True
+        return
+    middle = keys[len(keys) // 2]
+    split = max(queries.start, min(middle, queries.stop))
+    early, late = range(queries.start, split), range(split, queries.stop)
+    if early:
+        yield from halves(early, range(keys.start, middle), min_len)
+    if late:
+        yield from halves(late, range(middle, keys.stop), min_len)
+        yield late, range(keys.start, middle), False
 
 
-def cut(x: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
-    """[..., len, dim] as [..., blocks, size, dim], with zeros at the end."""
-    return F.pad(x, (0, 0, 0, blocks * size - x.shape[-2])).unflatten(-2, (blocks, size))
+def size_of(part):
+    queries, keys, masked = part
+    return len(queries), len(keys), masked
 
 
-def exact(q, k, v, scale, masked):
-    """(o, lse) of all queries and keys, later ones masked or not, a run of queries at a time: `min_len` is large."""
-    j, q_len = torch.arange(k.shape[-2], device=q.device), q.shape[-2]
-    i = torch.arange(len(j) - q_len, len(j), device=q.device)[:, None]
-    again = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    parts = []
-    for rows, i_rows in zip(q.split(RUN, -2), i.split(RUN), strict=True):
-        args = rows, k, v, scale, (j <= i_rows) | (not masked)
-        parts.append(checkpoint(softmax, *args, use_reentrant=False) if again else softmax(*args))
-    return torch.cat([o for o, _ in parts], 3), torch.cat([lse for _, lse in parts], 3)
+def stacked(x, ranges, all):
+    """These tokens of x [batch, heads, len, ...], as batch rows one after the other."""
+    parts = [x[:, :, at.start - all.start : at.stop - all.start] for at in ranges]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def softmax(q, k, v, scale, seen):
-    """(o, lse) of all queries and keys, where seen; what sees nothing gives 0 and -inf."""
-    s = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
-    lse = s.logsumexp(-1)
-    return (s - torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp() @ v, lse
+def unstacked(x, ranges, all, fill):
+    """Back where they stand, with `fill` for the others."""
+    parts, end = [], all.start
+    for part, at in zip((*x.chunk(len(ranges)), None), (*ranges, range(all.stop, all.stop)), strict=True):
+        if at.start > end:
+            parts.append(x.new_full((len(x) // len(ranges), x.shape[1], at.start - end, *x.shape[3:]), fill))
+        parts, end = [*parts, part], at.stop
+    *parts, _ = parts
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def met(q, k, v, blocks, lacks, scale):
+    """(o, lse) of queries and keys block by block, as `to_blocks` has them; the last block of keys lacks so many."""
+    if not lacks:
+        return attended(q, k, v, scale, False, None, None)
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.unflatten(1, (-1, blocks, group)), k.unflatten(1, (-1, blocks)), v.unflatten(1, (-1, blocks))
+    whole = q[:, :, :-1].flatten(1, 3), k[:, :, :-1].flatten(1, 2), v[:, :, :-1].flatten(1, 2)
+    last = q[:, :, -1].flatten(1, 2), k[:, :, -1, :-lacks], v[:, :, -1, :-lacks]
+    whole, last = (attended(*part, scale, False, None, None) for part in (whole, last))
+    both = ([t.unflatten(1, (k.shape[1], -1, group)) for t in pair] for pair in zip(whole, last, strict=True))
+    return tuple(torch.cat(pair, 2).flatten(1, 3) for pair in both)

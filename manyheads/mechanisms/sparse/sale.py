@@ -18,10 +18,9 @@ arXiv:2505.24179.
 import math
 
 import torch
-import torch.nn.functional as F
 
-from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.choosing import by_runs, products
+from manyheads.core import Law, Scores, Selection, mechanism
+from manyheads.core.choosing import by_four_bits
 
 
 def reference(q, k, v, *, tau=0.004, query_block=64, key_block=32, sink=32, local=128, dense_len=1024):
@@ -84,37 +83,15 @@ def sale(
     dense_len: int = 1024,
 ) -> Selection:  # fmt: skip
     """Key blocks with a weight of `tau` or more, relative to the first `sink` keys and the last `local` ones."""
-    least, near = math.log(tau) if tau else -math.inf, max(local, query_block)
+    near = max(local, query_block)
 
     @torch.no_grad()
     def select(q, k, *, scale, offset):
-        q_len, n, wide = q.shape[-2], k.shape[-2], torch.promote_types(q.dtype, torch.float32)
-        q, smooth = q.to(wide), k.to(wide) - k.to(wide).mean(-2, keepdim=True)
-        middle, rough = q.mean(-2, keepdim=True), _four_bits(smooth)
-        middle_scores = products(middle, smooth)
-        q = F.pad(q, (0, 0, offset % query_block, -n % query_block))
-        j = torch.arange(n, device=q.device)
-        block = j // key_block
-
-        def choose(q, first):
-            i = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
-            there = (i >= offset) & (i < n) & (j <= i)
-            start = (i // query_block + 1) * query_block - near
-            beside = (block * key_block < sink) | (block >= start.div(key_block, rounding_mode="floor"))
-            total = (products(q, smooth) * scale).masked_fill(~(there & beside), -torch.inf).logsumexp(-1, keepdim=True)
-            estimate = (products(_four_bits(q - middle), rough) + middle_scores) * scale
-            counts = there & (beside | (estimate > total + least) | (q_len <= dense_len))
-            rows = counts.unflatten(-2, (-1, query_block)).any(-2)
-            return F.pad(rows, (0, -n % key_block)).unflatten(-1, (-1, key_block)).any(-1)
-
-        return Blocks.from_map(by_runs(choose, q, offset - offset % query_block, 2 * query_block))
+        least = math.log(tau) if tau and q.shape[-2] > dense_len else -math.inf
+        return by_four_bits(
+            q, k, least, scale=scale, sink=sink, near=near, query_block=query_block, key_block=key_block, offset=offset
+        )
 
     return Selection(
         select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=query_block, key_block=key_block
     )
-
-
-def _four_bits(x):
-    """Each row of x [..., dim] as 15 steps between its greatest number and minus that."""
-    step = x.abs().amax(-1, keepdim=True) / 7
-    return torch.where(step > 0, torch.round(x / step) * step, x)

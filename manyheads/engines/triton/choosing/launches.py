@@ -21,7 +21,8 @@ from manyheads.engines.triton.launch import INTERPRETED
 
 LONGEST = 2**14  # a row in registers
 TILE = 2**11  # numbers in registers, where rows are shorter
-LOOKED, TOGETHER = 2**12, 128  # entries of a longer row that a program looks at, and such chunks that it adds up
+LOOKED, TOGETHER = 2**14, 128  # entries of a longer row that a program looks at, and such chunks that it adds up
+MEASURED, KEPT = 256, 2048  # of these at a time
 PART, DIMS = 64, 32  # key blocks, and numbers of each, that are multiplied at a time
 AT_ONCE = 3  # programs on a multiprocessor
 MARKED = 1024  # entries of lists that a program marks
@@ -36,9 +37,9 @@ def block_means(x: Tensor, size: int, start: int) -> Tensor:
     (batch, heads, length, dim), before = four.shape, start % size
     blocks, width = cdiv(before + length, size), power(dim)
     out = x.new_empty(*x.shape[:-2], blocks, dim, dtype=torch.float32)
-    some = max(1, min(4 * TILE // width, power(size)))
+    some = max(1, min(TILE // width, power(size)))
     arguments = four, out, heads, blocks, length, before, size, *four.stride()[:3], some, dim, width
-    launch(means.means, batch * heads * blocks, arguments)
+    launch(means.means, batch * heads * blocks, arguments, num_warps=2)
     return out
 
 
@@ -78,16 +79,16 @@ def _of_rows(
 def of_long_rows(mass: Tensor, share: Tensor | None, kept: Tensor, least: int, first: bool) -> None:
     n, step, number = mass.shape[-1], 0 if share is None or share.numel() == 1 else 1, math.prod(mass.shape[:-1])
     chunks = cdiv(n, LOOKED)
-    limits = torch.zeros(number, dtype=torch.int64, device=mass.device)
+    limits = torch.zeros(number, dtype=torch.uint32, device=mass.device)
     counts = torch.empty(number, chunks, long.DIGITS.value, dtype=torch.int32, device=mass.device)
     masses = counts.new_empty(counts.shape, dtype=torch.float32)
     above = counts.new_empty(number), masses.new_empty(number), counts.new_empty(number, chunks)
-    for shift in range(32 - long.BITS, -1, -long.BITS):
-        arguments = mass, limits, counts, masses, n, chunks, shift, first, share is not None, LOOKED
-        launch(long.measure, number * chunks, arguments, num_warps=8)
+    for shift in range((cdiv(32, long.BITS) - 1) * long.BITS, -1, -long.BITS):
+        arguments = mass, share, limits, counts, masses, n, chunks, shift, step, least, first, LOOKED, MEASURED
+        launch(long.measure, number * chunks, arguments, num_warps=4)
         arguments = limits, counts, masses, share, *above, chunks, shift, step, least, TOGETHER
         launch(long.narrow, number, arguments, num_warps=8)
-    arguments = mass, kept, limits, share, *above, n, chunks, step, least, first, LOOKED
+    arguments = mass, kept, limits, share, *above, n, chunks, step, least, first, LOOKED, KEPT
     launch(long.keep, number * chunks, arguments, num_warps=8)
 
 

@@ -24,8 +24,8 @@ from manyheads.engines.triton.choosing.launches import (
 )
 from manyheads.engines.triton.launch import INTERPRETED
 
-ROWS, CHUNK = 64, 2048  # queries that are multiplied at a time, and keys that a program finds divisors for
-OPTIONS = {"windows": {"num_warps": 8, "num_stages": 2}, "stripes": {"num_warps": 4, "num_stages": 2}}
+ROWS, KEYS = 128, 64  # that are multiplied at a time
+OPTIONS = {"windows": {"num_warps": 8, "num_stages": 2}, "stripes": {"num_warps": 8, "num_stages": 1}}
 
 
 def best_windows(
@@ -61,15 +61,19 @@ def stripes(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
     if INTERPRETED:  # which multiplies bfloat16 as the integers that it stores
         q, k = q.float(), k.float()
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    chunks, blocks = cdiv(n, CHUNK), cdiv(n, size)
-    parts = torch.empty(batch, heads, chunks, queries, dtype=torch.float32, device=q.device)
-    out = parts.new_empty(2, batch, heads, blocks)
-    steps, constants = (*q.stride()[:3], *k.stride()[:3]), (dim, max(16, power(dim)), ROWS, PART)
-    arguments = q, k, parts, heads, heads // kv_heads, queries, n, chunks, scale, *steps, *constants, CHUNK, PRECISION
-    launch(striping.divisors, batch * heads * cdiv(queries, ROWS) * chunks, arguments, **OPTIONS["stripes"])
-    divisor = torch.logsumexp(parts * math.log(2), 2) / math.log(2)
-    arguments = q, k, divisor, out, heads, heads // kv_heads, queries, n, blocks, size, scale, *steps, *constants
-    launch(striping.stripes, out.numel(), (*arguments, PRECISION), **OPTIONS["stripes"])
+    tiles, blocks = cdiv(n, KEYS), cdiv(n, size)
+    columns = 1 if size % KEYS == 0 else (KEYS - 2) // size + 2  # that a tile may have a part of
+    diagonals = (ROWS + KEYS - 2) // size + 2
+    tops, totals = torch.empty(2, batch, heads, tiles, queries, dtype=torch.float32, device=q.device)
+    sums, out = tops.new_empty(*tops.shape[:3], columns + diagonals, queries), tops.new_empty(2, batch, heads, blocks)
+    sizes, steps = (tiles, size, columns, diagonals), (*q.stride()[:3], *k.stride()[:3])
+    arguments = q, k, tops, totals, sums, heads, heads // kv_heads, queries, n, *sizes, scale, *steps
+    constants = dim, max(16, power(dim)), ROWS, KEYS, PRECISION
+    programs = batch * heads * tiles * cdiv(queries, ROWS)
+    launch(striping.parts, programs, (*arguments, *constants), **OPTIONS["stripes"])
+    divisor = torch.logsumexp(totals * math.log(2), 2) / math.log(2)
+    arguments = tops, divisor, sums, out, queries, n, tiles, blocks, size, columns, diagonals, ROWS, KEYS
+    launch(striping.stripes, out.numel(), arguments, num_warps=4)
     return out
 
 

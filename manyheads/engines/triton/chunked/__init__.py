@@ -11,12 +11,14 @@ Length." 2024. arXiv:2406.06484.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from manyheads.core.forms import Recurrence
 from manyheads.core.inputs import Inputs
-from manyheads.core.recurrence import key_width, recur, state_shape
+from manyheads.core.recurrence import is_direct, key_width, recur, state_shape
 from manyheads.engines.triton.chunked import op
 from manyheads.engines.triton.chunked.by_value import by_value
 
@@ -53,5 +55,30 @@ def run(form: Recurrence, x: Inputs) -> tuple[Tensor, Tensor]:
         return recur(form, x, op.recur, by_value, columns=min(EVEN))
     from manyheads.engines.triton.chunked import autograd
 
-    with torch.cuda.device_of(x.q):
-        return recur(form, x, autograd.recur, by_value, columns=min(EVEN))
+    return recur(form, x, autograd.recur, by_value, columns=min(EVEN))
+
+
+def again(form: Recurrence, x: Inputs) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]] | None:
+    """`run` for other tensors like those of x; None while it is not known what it launches."""
+    if x.ragged or not (x.q.numel() and x.k.numel() and x.v.numel()):
+        return None
+    from manyheads.engines.triton.chunked import autograd
+
+    known = None
+    if is_direct(form):
+        known = autograd.known((x.q, x.k, x.v, x.operands.get("g"), x.operands.get("beta"), x.state), x.scale)
+        if known is None:
+            return None
+    scale, at, has_state = x.scale, (x.q_positions, x.kv_positions), x.state is not None
+    shapes = [(name, t.shape) for name, t in x.operands.items()]  # and keeps no tensor
+
+    def run_again(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v, *rest = tensors
+        state = rest.pop() if has_state else None
+        pairs = zip(shapes, rest, strict=True)
+        operands = {name: t if t.shape == shape else t.expand(shape) for (name, shape), t in pairs}
+        if known is None:
+            return run(form, Inputs(q, k, v, scale, *at, operands, state))
+        return autograd.recur(q, k, v, operands.get("g"), operands.get("beta"), state, scale, known)
+
+    return run_again

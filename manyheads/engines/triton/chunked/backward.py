@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared
 from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
+from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
 from manyheads.engines.triton.chunked.kernels import back as backs
 from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
 from manyheads.engines.triton.chunked.kernels import inner as inners
 from manyheads.engines.triton.launch import INTERPRETED, _steps
-from manyheads.engines.triton.quick import launch
+from manyheads.engines.triton.quick import empty_like, launch
 
 
 class Gradients(NamedTuple):
-    """Those of log decays, strengths and states are float32, and None where there are none."""
+    """Those of k and v are one for each head, for `shared`. Those of log decays, strengths and states are float32, and
+    None where there are none."""
 
     q: Tensor
     k: Tensor
@@ -34,7 +37,7 @@ def backward(
     """starts: as `forward` returned them. do has its rows' numbers side by side. decays: whether g needs its own. The
     state's is that of zeros where there is none."""
     before = call.like(call.rows, call.chunks, *call.state[2:])
-    behind, d_state = torch.empty_like(before), call.new(*call.state)
+    behind, d_state = empty_like(before), call.new(*call.state)
     tokens = call.batch, call.heads, call.kv_len
     corrects = call.beta is not None
     u, z = (call.like(*tokens, call.v_head_dim) if corrects else None for _ in range(2))
@@ -51,20 +54,24 @@ def backward(
     dbeta = call.new(*tokens) if corrects else None
     dg = da = db = None
     if made.a is not None:
-        dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), torch.empty_like(made.a)
-        db = torch.empty_like(da) if corrects else None
+        dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), empty_like(made.a)
+        db = empty_like(da) if corrects else None
     elif decays:
         dg = call.new(*tokens)
-    tile = call.tile("gradients")
-    unit, steps = _steps(call.q, call.k, call.v, do)
-    arguments = (
-        call.q, call.k, call.v, made.g, made.beta, made.b, u, z, do, before, behind, dq, dk, dg, dbeta, da, db, *steps,
-        *call.sizes, call.scale, *constants(call, tile.columns), unit, INTERPRETED,
-    )  # fmt: skip
-    launch(gradient_kernels.gradients, call.rows * call.chunks, arguments, **tile.options)
+    states, found = (u, z, do, before, behind), (dq, dk, dg, dbeta)
+    if on_hopper.takes(call):
+        on_hopper.gradients(call, made, states, found)
+    else:
+        tile = call.tile("gradients")
+        unit, steps = _steps(call.q, call.k, call.v, do)
+        arguments = (
+            call.q, call.k, call.v, made.g, made.beta, made.b, *states, *found, da, db, *steps, *call.sizes,
+            call.scale, *constants(call, tile.columns), unit, INTERPRETED,
+        )  # fmt: skip
+        launch(gradient_kernels.gradients, call.rows * call.chunks, arguments, **tile.options)
     if call.channels:
         dq, dk, dg = _inner(call, made, (da, db), (dq, dk, dg), shared, decays)
-    return Gradients(dq, _shared(dk, call.k), _shared(dv, call.v), dg, dbeta, d_state)
+    return Gradients(dq, dk, dv, dg, dbeta, d_state)
 
 
 def _inner(
@@ -74,17 +81,17 @@ def _inner(
     """dq, dk and dg, whole. dtype: of dk."""
     dq, dk = call.like(*call.q.shape), call.new(*parts[1].shape, dtype=dtype)
     dg = call.new(*parts[1].shape) if decays else None
-    tile = call.tile("inner")
     unit, steps = _steps(call.q, call.k)
-    arguments = (
-        call.q, call.k, made.g, *pairs, *parts, dq, dk, dg, *steps, *call.sizes, call.head_dim, tile.columns,
-        call.chunk, unit, INTERPRETED,
-    )  # fmt: skip
-    launch(inners.inner, call.rows * call.chunks * cdiv(call.head_dim, tile.columns), arguments, **tile.options)
+    for moderate, tile in ((True, call.tile("inner")), (False, call.tile("inner blocks"))):
+        arguments = (
+            call.q, call.k, made.g, *pairs, *parts, dq, dk, dg, *steps, *call.sizes, call.head_dim, tile.columns,
+            call.chunk, moderate, unit, INTERPRETED,
+        )  # fmt: skip
+        launch(inners.inner, call.rows * call.chunks * cdiv(call.head_dim, tile.columns), arguments, **tile.options)
     return dq, dk, dg
 
 
-def _shared(grad: Tensor, of: Tensor) -> Tensor:
+def shared(grad: Tensor, of: Tensor) -> Tensor:
     """The gradient of what heads share, from one for each of them."""
     return grad if grad.shape == of.shape else grad.unflatten(1, (of.shape[1], -1)).sum(2).to(of.dtype)
 
@@ -95,6 +102,9 @@ def back(
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """As `walk`, from the end."""
+    if hopper.takes(call) if local is None else hopper.takes_segments(call):
+        hopper.back(call, made, starts, do, end=end, z=z, dv=dv, states=states, local=local)
+        return
     tile = call.tile("back")
     end, totals, transition = (end, None, None) if local is None else local
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, do)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
-from manyheads.engines.triton.chunked import tables
+from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
 from manyheads.engines.triton.chunked.kernels.pairs import pairs
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
-from manyheads.engines.triton.quick import launch
+from manyheads.engines.triton.quick import empty, empty_like, launch, zeros
 
 Steps = tuple[int, ...]
 
@@ -93,7 +93,7 @@ class Call:
         return self.batch, self.heads, self.head_dim, self.v_head_dim
 
     def tile(self, kernel: str) -> tables.Tile:
-        width = self.head_dim if kernel == "inner" else self.v_head_dim
+        width = self.v_head_dim if kernel in ("walk", "back", "gradients") else self.head_dim
         return tables.tile(kernel, self.q.element_size(), padded(self.head_dim), width, self.channels)
 
     @cached_property
@@ -101,14 +101,14 @@ class Call:
         if self.beta is not None and self.head_dim > tables.LARGEST:
             return 1
         programs = self.rows * cdiv(self.v_head_dim, self.tile("walk").columns)
-        return tables.segments(programs, self.chunks, self.q.device)
+        return tables.segments(programs, self.chunks, self.q.device, few=self.g is None and hopper.takes(self))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return self.kv_len, self.ahead, self.heads, self.group
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
+        return empty(shape, dtype, self.q.device)
 
     def like(self, *shape: int) -> Tensor:
         return self.new(*shape, dtype=self.q.dtype)
@@ -154,7 +154,7 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
     if fades is None and call.g is not None:
-        fades = call.new(call.rows, call.chunks + 1).zero_()
+        fades = zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
         g = None if call.channels else call.new(*tokens)
     if call.channels:
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
@@ -162,7 +162,7 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
         ends = call.new(*shape[:2], call.head_dim)
         q = call.like(*call.q.shape)
         k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
-        k = None if call.beta is None else torch.empty_like(k_out)
+        k = None if call.beta is None else empty_like(k_out)
         own = call.q, call.k, call.g, call.beta, g, a, b, q, k, k_out, ends, fades, *steps, *steps_of(call.g)
         shared = *steps_of(call.beta), *call.sizes, *common[:3], keep, *common[3:]
         launch(pairs, programs, (*own, *shared), num_warps=call.tile("pairs").warps, num_stages=1)
@@ -170,8 +170,9 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
         t, beta = call.like(*shape), call.new(*tokens)
         known = (None, None, None) if call.channels else (call.g, g, fades)
         own = call.k, known[0], call.beta, b, t, known[1], beta, known[2], *steps[3:], *steps_of(call.g)
-        shared = *steps_of(call.beta), call.kv_len, call.heads, call.group, *common
-        launch(solve, programs, (*own, *shared), num_warps=4, num_stages=1)
+        tile = call.tile("solve")
+        shared = *steps_of(call.beta), call.kv_len, call.heads, call.group, *common[:2], tile.columns, *common[2:]
+        launch(solve, programs, (*own, *shared), **tile.options)
     elif solved is None and g is not None and not call.channels:
         own = call.g, g, fades, *steps_of(call.g), call.kv_len, call.heads, length, CHUNKS
         launch(gates, call.rows * cdiv(call.chunks, CHUNKS), own, num_warps=4)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
+from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
 from manyheads.engines.triton.chunked.kernels import step as steps_kernel
 from manyheads.engines.triton.chunked.kernels import walk as walks
@@ -15,6 +16,7 @@ from manyheads.engines.triton.launch import INTERPRETED, _like, _steps
 from manyheads.engines.triton.quick import launch
 
 COLUMNS = 16  # of a state, where a program does nothing but read and write it
+PRODUCTS = 32, 8  # columns and warps where it multiplies states, too
 
 # Launches the walk through all segments but the last: (added, totals, transition).
 Local = Callable[[Tensor, Tensor, Tensor | None], None]
@@ -54,12 +56,13 @@ def starts_of(call: Call, state: Tensor | None, local: Local) -> Tensor | None:
     totals = call.new(*ahead, head_dim if call.channels and call.beta is None else 1)
     transition = None if call.beta is None else call.new(*ahead, head_dim, head_dim)
     local(added, totals, transition)
-    columns = min(COLUMNS, padded(v_head_dim))
+    columns, warps = (COLUMNS, 4) if transition is None else PRODUCTS
+    columns = min(columns, padded(v_head_dim))
     arguments = (
         added, transition, totals, state, starts, call.segments, head_dim, v_head_dim, padded(head_dim), columns,
         call.channels, INTERPRETED,
     )  # fmt: skip
-    launch(walks.carry, call.rows * cdiv(v_head_dim, columns), arguments, num_warps=4, num_stages=1)
+    launch(walks.carry, call.rows * cdiv(v_head_dim, columns), arguments, num_warps=warps, num_stages=1)
     return starts
 
 
@@ -69,6 +72,9 @@ def walk(
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """Through every segment, for outputs or for the states before each chunk; or, for `local`, all but the last."""
+    if hopper.takes(call) if local is None else hopper.takes_segments(call):
+        hopper.walk(call, made, starts, o=o, end=end, u=u, states=states, local=local)
+        return
     tile = call.tile("walk")
     end, totals, transition = (end, None, None) if local is None else local
     unit, steps = _steps(made.q, call.k if made.k_out is None else made.k_out, call.v, made.q if o is None else o)

@@ -19,12 +19,10 @@ def recur(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As core/recurrence.py wants it of an engine."""
-    from manyheads.engines.triton.chunked.call import Call, prepare
-    from manyheads.engines.triton.chunked.forward import forward, step
+    from manyheads.engines.triton.chunked.autograd import outputs
 
-    call = Call.of(q, k, v, g, beta, scale)
-    with torch.cuda.device_of(q):
-        o, end = step(call, state) if call.kv_len == 1 else forward(call, state, prepare(call, keep=False))[:2]
+    o, end = outputs((q, k, v, g, beta, state), scale, kept=False)
+    assert o is not None and end is not None, "they are not gradients"
     return _as_foretold(o, _recurred(q, k, v, g, beta, state, scale)[0]), end
 
 
@@ -46,7 +44,7 @@ def differentiate(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, g, beta and the state, in this order; empty where there are none. `decays`: whether g
     needs its own."""
-    from manyheads.engines.triton.chunked.backward import backward
+    from manyheads.engines.triton.chunked.backward import backward, shared
     from manyheads.engines.triton.chunked.call import Call, prepare
     from manyheads.engines.triton.chunked.forward import starts_of, walk
     from manyheads.engines.triton.launch import _rows
@@ -56,6 +54,7 @@ def differentiate(
         made = prepare(call)
         starts = starts_of(call, state, lambda *local: walk(call, made, None, local=local))
         found = backward(call, made, starts, _rows(do), d_end, decays)
+        found = found._replace(k=shared(found.k, k), v=shared(found.v, v))
     likes = _differentiated(do, d_end, decays, q, k, v, g, beta, state)
     return [
         like if own is None or not like.numel() else _as_foretold(own, like)

@@ -12,20 +12,23 @@ from manyheads.engines.triton.blocks import cdiv, padded
 CHUNK = {2: 64, 4: 32}  # tokens, by the bytes of a number
 LEAST = 4  # chunks of a segment: it is walked twice
 AT_ONCE = 2  # programs that a multiprocessor has room for
+FEW = 1  # of them, which hopper/ needs to keep the memory busy
 LARGEST = 128  # head_dim of keys up to which a segment that corrects can be put behind another
 ELSEWHERE = 132  # multiprocessors where they cannot be counted
 
 
 class Tile(NamedTuple):
-    """How wide it is, of the values (of `inner`, of the keys), and how a kernel is compiled."""
+    """How wide it is, of the values (of what is about keys alone, of them), and how a kernel is compiled."""
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        most = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **most}
 
 
 # By kernel (with " channels" if they decay by themselves), bytes of a number and padded head_dim.
@@ -38,9 +41,11 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("back channels", 2, 256): Tile(32, 4, 1),
     ("gradients", 2, 128): Tile(64, 8, 2),
     ("gradients", 2, 256): Tile(32, 8, 1),
-    ("inner", 2, 256): Tile(64, 4, 1),
+    ("inner", 2, 256): Tile(32, 4, 1, 160),
+    ("inner blocks", 2, 256): Tile(64, 4, 1),
     ("pairs", 2, 128): Tile(128, 4, 1),
     ("pairs", 2, 256): Tile(256, 8, 1),
+    ("solve", 2, 256): Tile(32, 1, 3, 168),  # three programs for each quarter of a multiprocessor
     ("walk", 4, 128): Tile(32, 4, 2),
     ("walk", 4, 256): Tile(16, 8, 1),
     ("back", 4, 128): Tile(32, 4, 2),
@@ -48,7 +53,9 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("gradients", 4, 128): Tile(32, 8, 1),
     ("gradients", 4, 256): Tile(16, 8, 1),
     ("inner", 4, 256): Tile(32, 4, 1),
+    ("inner blocks", 4, 256): Tile(32, 4, 1),
     ("pairs", 4, 256): Tile(256, 8, 1),
+    ("solve", 4, 256): Tile(32, 1, 3),
 }
 
 
@@ -65,9 +72,10 @@ def key_of(kernel: str, size: int, head_dim: int, channels: bool) -> tuple[str, 
     return next(key for key in keys if key in TILES)
 
 
-def segments(programs: int, chunks: int, device: torch.device) -> int:
-    """Of each row, where without them there are so many programs."""
-    wanted = min(AT_ONCE * _multiprocessors(device) // programs, chunks // LEAST)
+def segments(programs: int, chunks: int, device: torch.device, few: bool = False) -> int:
+    """Of each row, where without them there are so many programs. few: as all but one are walked twice in full."""
+    at_once = FEW if few else AT_ONCE
+    wanted = min(at_once * _multiprocessors(device) // programs, chunks // LEAST)
     return cdiv(chunks, cdiv(chunks, max(wanted, 1)))
 
 

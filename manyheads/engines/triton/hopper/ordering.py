@@ -106,7 +106,8 @@ class Order:
 def order_of(blocks: Blocks, x: Inputs, part: Part, start: int, query_block: int, key_block: int, past: bool) -> Order:
     """Of a part x of a call whose first query stands at `start`, and whose lists are `blocks`. past: its own block of a
     query has no place, see Order."""
-    indices, counts, positions = blocks.indices.contiguous(), blocks.counts.contiguous(), x.q_positions
+    blocks, positions = blocks.shared, x.q_positions
+    indices, counts = blocks.indices.contiguous(), blocks.counts.contiguous()
     assert isinstance(positions, range), "selected.why_not said so"
     (_, all_heads, lists, width), device, size, group = indices.shape, x.q.device, x.q_len, x.heads // x.kv_heads
     number = max(1, (positions.stop - 1) // key_block) if past else cdiv(x.kv_len, key_block)
@@ -116,10 +117,11 @@ def order_of(blocks: Blocks, x: Inputs, part: Part, start: int, query_block: int
     words = torch.zeros(key_heads, number, chunks, dtype=torch.int32, device=device)
     row_at = torch.full((x.batch, x.kv_heads, places), -1, dtype=torch.int32, device=device)
     slots = row_at.new_empty(x.batch, x.heads, size, width)
-    first = (part.batch.start * all_heads + part.heads.start) * lists
+    head_step = lists if all_heads > 1 else 0
+    first = part.batch.start * all_heads * lists + part.heads.start * head_step
     lines = (
         indices.view(-1)[first * width :], counts.view(-1)[first:], slots.numel(), width, size, group, x.heads,
-        positions.start, start // query_block, all_heads * lists, lists, number, chunks,
+        positions.start, start // query_block, all_heads * lists, head_step, number, chunks,
     )  # fmt: skip
     sizes, programs = (query_block, key_block, SLOTS), cdiv(slots.numel(), SLOTS)
     with torch.cuda.device_of(x.q):

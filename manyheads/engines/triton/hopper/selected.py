@@ -89,12 +89,13 @@ class Chosen:
         return self._turned(x, tile, states) if turned else self._lists(x, tile, states)
 
     def _lists(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
-        indices, counts = self.blocks.indices.contiguous(), self.blocks.counts.contiguous()
-        (_, _, query_blocks, width), start = indices.shape, x.q_positions.start  # type: ignore[union-attr]  why_not
+        own = self.blocks.shared if states is None or states.shape[1] == 1 else self.blocks
+        indices, counts = own.indices.contiguous(), own.counts.contiguous()
+        (_, heads, query_blocks, width), start = indices.shape, x.q_positions.start  # type: ignore[union-attr]  why_not
         rows, tiles, per_block = cdiv(x.q_len, tile[0]), cdiv(x.kv_len, tile[1]), self.key_block // tile[1]
-        out = indices.new_empty(x.batch, x.heads, rows, 1 + max(1, width) * per_block, dtype=torch.int32)
+        out = indices.new_empty(x.batch, heads, rows, 1 + max(1, width) * per_block, dtype=torch.int32)
         _fill(
-            out, indices, counts, states, x, rows, rows, query_blocks, self.query_block // tile[0],
+            out, indices, counts, states, (x.batch, heads), rows, rows, query_blocks, self.query_block // tile[0],
             start % self.query_block // tile[0], tiles, per_block, 0, tiles - 1 if x.kv_len % tile[1] else -1, width,
             turned=False,
         )  # fmt: skip
@@ -102,7 +103,7 @@ class Chosen:
 
     def _turned(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
         key_blocks, start = cdiv(x.kv_len, self.key_block), x.q_positions.start  # type: ignore[union-attr]
-        listed, begins = transposed(self.blocks.indices, self.blocks.counts, key_blocks)
+        listed, begins = _transposed(self.blocks.indices, self.blocks.counts, key_blocks)
         rows, tiles = cdiv(x.kv_len, QUERIES) * (QUERIES // tile[1]), cdiv(x.q_len, tile[0])
         per_block, per_row = self.query_block // tile[0], self.key_block // tile[1]
         size = 2 * x.batch * x.heads * rows + listed.numel() * per_block * per_row
@@ -110,8 +111,9 @@ class Chosen:
             raise ValueError(f"{listed.numel()} listed blocks are too many for one table; choose fewer, or larger ones")
         out = listed.new_empty(size)
         _fill(
-            out, listed, begins, states, x, rows, cdiv(x.kv_len, tile[1]), key_blocks, per_row, 0, tiles, per_block,
-            start % self.query_block // tile[0], tiles - 1 if x.q_len % tile[0] else -1, 0, turned=True,
+            out, listed, begins, states, (x.batch, x.heads), rows, cdiv(x.kv_len, tile[1]), key_blocks, per_row, 0,
+            tiles, per_block, start % self.query_block // tile[0], tiles - 1 if x.q_len % tile[0] else -1, 0,
+            turned=True,
         )  # fmt: skip
         return Table(JUMPS, out)
 
@@ -152,7 +154,8 @@ def bits_of(chosen: Tiles | None) -> tuple[Tensor | None, int, int]:
 
 def marked(blocks: Blocks, x: Inputs, query_block: int, key_block: int) -> Tensor:
     """Chosen.bits."""
-    indices, counts = blocks.indices.contiguous(), blocks.counts.contiguous()
+    own = blocks.shared
+    indices, counts = own.indices.contiguous(), own.counts.contiguous()
     batch, heads, query_blocks, width = indices.shape
     rows = cdiv(x.q_len, QUERIES) * QUERIES + _first(x, query_block)
     chunks, key_blocks = cdiv(rows, WORD * query_block), cdiv(x.kv_len, key_block)
@@ -161,7 +164,7 @@ def marked(blocks: Blocks, x: Inputs, query_block: int, key_block: int) -> Tenso
     if indices.numel():
         with torch.cuda.device_of(bits):
             quick.launch(uniting.mark, cdiv(indices.numel(), MARKED), arguments, num_warps=4)
-    return bits
+    return bits.expand(-1, x.heads, -1, -1).contiguous()
 
 
 def _first(x: Inputs, block: int) -> int:
@@ -172,13 +175,25 @@ def _first(x: Inputs, block: int) -> int:
 # ---- launches ----
 
 
+def _transposed(indices: Tensor, counts: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+    """As builders.transposed; calling an operator takes a GPU's host a third as long again."""
+    if indices.device.type != "cuda":
+        return transposed(indices, counts, key_blocks)
+    from manyheads.engines.triton.choosing import launches
+
+    return launches.transposed(indices, counts, key_blocks)
+
+
 def _fill(
-    out: Tensor, listed: Tensor, counts: Tensor, states: Tensor | None, x: Inputs, rows: int, *sizes: int,
+    out: Tensor, listed: Tensor, counts: Tensor, states: Tensor | None, of: tuple[int, int], rows: int, *sizes: int,
     turned: bool,
 ) -> None:  # fmt: skip
-    arguments = out, listed, counts, states, x.heads, rows, *sizes, *_steps(states), SLOTS, turned
+    """of: how many batch rows and heads have lists."""
+    (batch, heads), rest = of, (*sizes, *_steps(states), SLOTS, turned)
     with torch.cuda.device_of(out):
-        quick.launch(listing.listing, x.batch * x.heads * rows, arguments, num_warps=1)
+        quick.launch(
+            listing.listing, batch * heads * rows, (out, listed, counts, states, heads, rows, *rest), num_warps=1
+        )
 
 
 def _steps(states: Tensor | None) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """How the softmax of a few queries spreads over key blocks and over block diagonals.
 
-The keys are shared out twice: for the divisors, of which each program finds a part, and for the masses, where a program
-has one key block or one diagonal of a head. Nothing is larger than a number for each query and CHUNK keys.
+Each program multiplies some queries and keys once, and leaves for each query what its weights among these keys sum up
+to, all of them and by block and diagonal, against the greatest one. What sums they are parts of is known afterwards.
+Nothing is larger than a few numbers for each query and block.
 """
 
 from __future__ import annotations
@@ -23,69 +24,86 @@ def _rows(q, query, queries, q_m, D: tl.constexpr, PD: tl.constexpr):
 
 
 @triton.jit
-def _scores(x, k, query, key, queries, n, factor, k_n, D: tl.constexpr, PD: tl.constexpr, PRECISION: tl.constexpr):
-    """factor q.k [R, N] of the last queries and the keys up to them, -inf elsewhere; and how far they are apart."""
-    apart = (n - queries + query)[:, None] - key[None, :]
-    s = products(x, k, None, key, n, k_n, D, PD, PRECISION) * factor
-    return tl.where((query < queries)[:, None] & (apart >= 0), s, float("-inf")), apart
+def _first(m, tile, queries, n, size, PART: tl.constexpr):
+    """The first diagonal that queries from m on may share with a tile of keys."""
+    return tl.maximum(n - queries + m - tile * PART - PART + 1, 0) // size
 
 
-@triton.jit(do_not_specialize=["heads", "group", "queries", "n", "chunks", "scale"])
-def divisors(
-    q, k, out, heads, group, queries, n, chunks, scale, q_b, q_h, q_m, k_b, k_h, k_n, D: tl.constexpr, PD: tl.constexpr,
-    ROWS: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "group", "queries", "n", "tiles", "size", "columns", "diagonals", "scale"])
+def parts(
+    q, k, tops, totals, sums, heads, group, queries, n, tiles, size, columns, diagonals, scale, q_b, q_h, q_m, k_b,
+    k_h, k_n, D: tl.constexpr, PD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [batch, heads, chunks, queries]: log2 of the sum of e^(scale q.k) over CHUNK keys each, up to the
-    query. Queries [batch, heads, queries, D] are the last ones of the keys [batch, heads / group, n, D], with these
-    strides. Grid: batch * heads * tiles of ROWS * chunks."""
+    """Of each tile of PART keys and each query its greatest score, log2 of the sum of its weights, float32 [batch,
+    heads, tiles, queries], and the sums of its weights, e^(score - greatest), over so many `columns` and `diagonals`
+    that they may be in, float32 [batch, heads, tiles, columns + diagonals, queries]. Queries [batch, heads, queries, D]
+    are the last ones of the keys [batch, heads / group, n, D], with these strides. Grid: batch * heads * tiles *
+    queries / ROWS."""
     pid = tl.program_id(0)
-    tiles = tl.cdiv(queries, ROWS)
-    head = (pid // (tiles * chunks)).to(tl.int64)
-    query = pid // chunks % tiles * ROWS + tl.arange(0, ROWS)
-    begin = pid % chunks * CHUNK
-    q += head // heads * q_b + head % heads * q_h
+    per_tile = tl.cdiv(queries, ROWS)
+    m = pid % per_tile * ROWS
+    tile = pid // per_tile % tiles
+    head = (pid // (per_tile * tiles)).to(tl.int64)
+    query = m + tl.arange(0, ROWS)
+    key = tile * PART + tl.arange(0, PART)
+    x = _rows(q + head // heads * q_b + head % heads * q_h, query, queries, q_m, D, PD)
     k += head // heads * k_b + head % heads // group * k_h
-    x = _rows(q, query, queries, q_m, D, PD)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for first in range(begin, tl.minimum(begin + CHUNK, n), PART):
-        key = first + tl.arange(0, PART)
-        s, _ = _scores(x, k, query, key, queries, n, scale * LOG2E, k_n, D, PD, PRECISION)
-        higher = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
-        top = higher
-    found = top + tl.log2(tl.where(total > 0, total, 1.0))
-    tl.store(out + (head * chunks + pid % chunks) * queries + query, found, mask=query < queries)
+    s = products(x, k, None, key, n, k_n, D, PD, PRECISION) * (scale * LOG2E)
+    own = n - queries + query  # the keys that they stand at
+    if tile * PART + PART > n - queries + m:
+        seen = (query < queries)[:, None] & (key[None, :] <= own[:, None]) & (key < n)[None, :]
+        s = tl.where(seen, s, float("-inf"))
+    top = tl.max(s, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(s - top[:, None])
+    there = query < queries
+    at = head * tiles + tile
+    tl.store(tops + at * queries + query, top, mask=there)
+    total = tl.sum(weights, 1)
+    found = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    tl.store(totals + at * queries + query, found, mask=there)
+    sums += at * (columns + diagonals) * queries + query
+    if columns == 1:
+        tl.store(sums, total, mask=there)
+    else:
+        for column in range(0, columns):
+            inside = (key // size == tile * PART // size + column)[None, :]
+            tl.store(sums + column * queries, tl.sum(tl.where(inside, weights, 0.0), 1), mask=there)
+    first = _first(m, tile, queries, n, size, PART)
+    highest = n - queries + m + ROWS - 1 - tile * PART
+    for diagonal in range(0, diagonals):
+        begin = (first + diagonal) * size
+        if begin <= highest:
+            inside = (key[None, :] <= (own - begin)[:, None]) & (key[None, :] > (own - begin - size)[:, None])
+            tl.store(sums + (columns + diagonal) * queries, tl.sum(tl.where(inside, weights, 0.0), 1), mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "queries", "n", "blocks", "size", "scale"])
+@triton.jit(do_not_specialize=["queries", "n", "tiles", "blocks", "size", "columns", "diagonals"])
 def stripes(
-    q, k, divisor, out, heads, group, queries, n, blocks, size, scale, q_b, q_h, q_m, k_b, k_h, k_n, D: tl.constexpr,
-    PD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    tops, divisor, sums, out, queries, n, tiles, blocks, size, columns, diagonals, ROWS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """out float32 [2, batch * heads, blocks]: the mean over the queries of the weights of keys that stand in a block of
     `size`, and of those that are so many blocks apart. divisor: float32 [batch, heads, queries], log2; else as above.
     Grid: 2 * batch * heads * blocks."""
     pid = tl.program_id(0)
     block = pid % blocks
-    head = (pid // blocks % (tl.num_programs(0) // (2 * blocks))).to(tl.int64)
-    diagonal = pid // blocks >= tl.num_programs(0) // (2 * blocks)
-    q += head // heads * q_b + head % heads * q_h
-    k += head // heads * k_b + head % heads // group * k_h
-    low = block * size
+    of_all = tl.num_programs(0) // (2 * blocks)
+    head = (pid // blocks % of_all).to(tl.int64)
+    diagonal = pid // blocks >= of_all
     total = tl.zeros([ROWS], tl.float32)
     for m in range(0, queries, ROWS):
         query = m + tl.arange(0, ROWS)
-        x = _rows(q, query, queries, q_m, D, PD)
-        own = tl.load(divisor + head * queries + query, mask=query < queries, other=0.0)
-        # Of these queries those on the diagonal are size + ROWS - 1 keys, at most.
-        begin = tl.where(diagonal, n - queries + m - low - size + 1, low)
-        end = tl.where(diagonal, tl.minimum(n - queries + m + ROWS - low, n), tl.minimum(low + size, n))
-        for first in range(tl.maximum(begin, 0), end, PART):
-            key = first + tl.arange(0, PART)
-            s, apart = _scores(x, k, query, key, queries, n, scale * LOG2E, k_n, D, PD, PRECISION)
-            place = tl.where(diagonal, apart, tl.zeros([ROWS, PART], tl.int32) + key[None, :])
-            inside = (place >= low) & (place < low + size) & (key < n)[None, :]
-            total += tl.sum(tl.where(inside, tl.exp2(s - own[:, None]), 0.0), 1)
+        there = query < queries
+        own = tl.load(divisor + head * queries + query, mask=there, other=0.0)
+        last = n - queries + tl.minimum(m + ROWS, queries) - 1
+        begin = tl.where(diagonal, n - queries + m - (block + 1) * size + 1, block * size)
+        end = tl.where(diagonal, last - block * size, (block + 1) * size - 1)
+        for tile in range(tl.maximum(begin, 0) // PART, tl.minimum((end + PART) // PART, tiles)):
+            slot = tl.where(
+                diagonal, columns + block - _first(m, tile, queries, n, size, PART), block - tile * PART // size
+            )
+            at = head * tiles + tile
+            part = tl.load(sums + (at * (columns + diagonals) + slot) * queries + query, mask=there, other=0.0)
+            total += part * tl.exp2(tl.load(tops + at * queries + query, mask=there, other=0.0) - own)
     tl.store(out + pid, tl.sum(total, 0) / tl.maximum(queries, 1))

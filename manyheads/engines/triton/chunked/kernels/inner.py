@@ -2,8 +2,8 @@
 
     dq_i += sum_j dA_ij F_ij k_j,    dk_i += sum_j dB_ij F_ij k_j,    dk_j += sum_i F_ij (dA_ij q_i + dB_ij k_i)
 
-with F_ij = e^(G_i - G_j), a number for each channel, and as `pairs` has it: a product of matrices where decays are
-moderate, else in blocks of 16. Channels do not mix, so a program has BK of them.
+with F_ij = e^(G_i - G_j), a number for each channel, and as kernels/pairs.py has it: a product of matrices where decays
+are moderate, else, in a launch of its own, in blocks of 16. Channels do not mix, so a program has BK of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from manyheads.engines.triton.chunked.kernels.pairs import SUB, moderate
 @triton.jit(do_not_specialize=LENGTHS)
 def inner(
     Q, K, SUMS, DA, DB, DQ_PART, DK_PART, DG_PART, DQ, DK, DG, q_b, q_h, q_n, k_b, k_h, k_n, kv_len, ahead, heads,
-    group, D: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    group, D: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, MODERATE: tl.constexpr, UNIT: tl.constexpr,
+    SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. Parts: float32, from `gradients`; DB may be absent. DG, float32 [batch, heads, kv_len, D], too."""
+    """One chunk, if its decays are moderate, or if they are not. Parts: float32, from `gradients`; DB may be absent.
+    DG, float32 [batch, heads, kv_len, D], too."""
     TILES: tl.constexpr = (D + BK - 1) // BK
     chunks = tl.cdiv(kv_len, C)
     tile, c, bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES % chunks, tl.program_id(0) // TILES // chunks
@@ -32,43 +34,46 @@ def inner(
     Q += (b * q_b + h * q_h) * UNIT
     K += (b * k_b + h // group * k_h) * UNIT
     chunk = wide * chunks + c
-    DA += chunk * C * C
     dtype = K.dtype.element_ty
-    q = load(Q, q_n * UNIT, q_first, q_len, columns, C, D)
-    k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
     SUMS += chunk * C * D
     there = (columns < D)[None, :]
-    sum_g = tl.load(SUMS + tokens[:, None] * D + columns[None, :], mask=there, other=0.0)
+    end = tl.load(SUMS + (C - 1) * D + columns[None, :], mask=there, other=0.0)
+    if moderate(end, dtype == tl.float16) != MODERATE:
+        return
+    DA += chunk * C * C
     if DB is not None:
         DB += chunk * C * C
-    end = tl.load(SUMS + (C - 1) * D + columns[None, :], mask=there, other=0.0)
-    if moderate(end, dtype == tl.float16):
+    q = load(Q, q_n * UNIT, q_first, q_len, columns, C, D)
+    k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
+    sum_g = tl.load(SUMS + tokens[:, None] * D + columns[None, :], mask=there, other=0.0)
+    if MODERATE:
         left, right = tl.math.exp2(sum_g - 0.5 * end), tl.math.exp2(0.5 * end - sum_g)
         keys, others = (k * right).to(dtype), tokens[None, :]
-        row, turned = tokens[:, None] * C + others, tokens[:, None] + others * C
-        earlier, later = tokens[:, None] > others, tokens[:, None] < others
-        plus_q = dot(tl.load(DA + row, mask=earlier, other=0.0), keys, SIMULATED) * left
-        minus = dot(tl.load(DA + turned, mask=later, other=0.0), (q * left).to(dtype), SIMULATED)
+        # Not masked when they are loaded: that takes them number by number.
+        square, earlier = tokens[:, None] * C + others, tokens[:, None] > others
+        da = tl.where(earlier, tl.load(DA + square), 0.0)
+        plus_q = dot(da, keys, SIMULATED) * left
+        minus = dot(tl.trans(da), (q * left).to(dtype), SIMULATED)
         plus_k = tl.zeros([C, BK], tl.float32)
         if DB is not None:
-            plus_k = dot(tl.load(DB + row, mask=earlier, other=0.0), keys, SIMULATED) * left
-            of_k = tl.load(DB + turned, mask=later, other=0.0)
-            minus = add_dot(of_k, (k * left).to(dtype), minus, SIMULATED)
+            db = tl.where(earlier, tl.load(DB + square), 0.0)
+            plus_k = dot(db, keys, SIMULATED) * left
+            minus = add_dot(tl.trans(db), (k * left).to(dtype), minus, SIMULATED)
         minus *= right
     else:
         plus_q, plus_k, minus = _in_blocks(
             sum_g, Q, K, SUMS, DA, DB, q_n, k_n, columns, first, kv_len, ahead, D, BK, C, UNIT, SIMULATED
         )
 
-    if DG is not None:
-        own = tl.load(DG_PART + (chunk * C + tokens)[:, None] * D + columns[None, :], mask=there, other=0.0)
-        own += q * plus_q + k * (plus_k - minus)
-        store(DG + wide * kv_len * D, D, first, kv_len, columns, tl.cumsum(own, 0, reverse=True), C, D)
     same = tl.load(DA + tokens * (C + 1)).to(tl.float32)[:, None]  # a token and itself: nothing decays
     dq = load(DQ_PART + wide * q_len * D, D, q_first, q_len, columns, C, D) + plus_q + same * k
     dk = load(DK_PART + wide * kv_len * D, D, first, kv_len, columns, C, D) + plus_k + minus + same * q
     store(DQ + wide * q_len * D, D, q_first, q_len, columns, dq, C, D)
     store(DK + wide * kv_len * D, D, first, kv_len, columns, dk, C, D)
+    if DG is not None:
+        own = tl.load(DG_PART + (chunk * C + tokens)[:, None] * D + columns[None, :], mask=there, other=0.0)
+        own += q * plus_q + k * (plus_k - minus)
+        store(DG + wide * kv_len * D, D, first, kv_len, columns, tl.cumsum(own, 0, reverse=True), C, D)
 
 
 @triton.jit

@@ -143,6 +143,13 @@ def walk(
             store_state(END + wide * (D * DV), rows, columns, S, D, DV)
 
 
+@triton.jit
+def _made_of(TRANSITION, total, place, rows, D: tl.constexpr):
+    """What a segment makes of a state before it, where that is something."""
+    there = (rows < tl.where(total == 0.0, D, 0))[:, None] & (rows < D)[None, :]
+    return tl.load(TRANSITION + place * (D * D) + rows[:, None] * D + rows[None, :], mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def carry(
     ADDED, TRANSITION, TOTALS, STATE, START, segments, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr,
@@ -157,15 +164,24 @@ def carry(
     else:
         S = load_state(STATE + bh * (D * DV), rows, columns, D, DV).to(tl.float32)
     store_state(START + bh * segments * (D * DV), rows, columns, S, D, DV)
+    place, last = bh * (segments - 1), (bh + 1) * (segments - 1) - 1
+    next_added = load_state(ADDED + place * (D * DV), rows, columns, D, DV)
+    if TRANSITION is not None:
+        next_total = tl.load(TOTALS + place)
+        next_made = _made_of(TRANSITION, next_total, place, rows, D)
     for n in tl.range(0, segments - 1):
-        place = bh * (segments - 1) + n
-        added = load_state(ADDED + place * (D * DV), rows, columns, D, DV)
+        added = next_added  # the next one's is loaded while this one's is used
+        next_added = load_state(ADDED + tl.minimum(place + 1, last) * (D * DV), rows, columns, D, DV)
         if TRANSITION is not None:
-            if tl.load(TOTALS + place) == 0.0:
-                added = add_dot(load_state(TRANSITION + place * (D * D), rows, rows, D, D), S, added, SIMULATED)
+            total, made = next_total, next_made
+            next_total = tl.load(TOTALS + tl.minimum(place + 1, last))
+            next_made = _made_of(TRANSITION, next_total, tl.minimum(place + 1, last), rows, D)
+            if total == 0.0:
+                added = add_dot(made, S, added, SIMULATED)
             S = added
         elif CHANNELS:
             S = S * tl.math.exp2(tl.load(TOTALS + place * D + rows, mask=rows < D, other=0.0))[:, None] + added
         else:
             S = S * tl.math.exp2(tl.load(TOTALS + place)) + added
         store_state(START + (bh * segments + n + 1) * (D * DV), rows, columns, S, D, DV)
+        place += 1

@@ -17,13 +17,14 @@ def entry_of(
     QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of some entries, int32: the key head, int64, the row of it, the query's position, the block, and whether it is
-    meant."""
+    meant. counts: None if all are."""
     line = entry // width
     head = line // size
     i = start + line % size
     at = (head // heads).to(tl.int64) * batch_step + head % heads * head_step + i // QUERY_BLOCK - before
     meant = entry < entries
-    meant = meant & (entry % width < tl.load(counts + at, mask=meant, other=0))
+    if counts is not None:
+        meant = meant & (entry % width < tl.load(counts + at, mask=meant, other=0))
     block = tl.load(indices + at * width + entry % width, mask=meant, other=0)
     return (head // group).to(tl.int64), head % group * size + line % size, i, block, meant
 
@@ -83,7 +84,8 @@ def place(
 ):  # fmt: skip
     """rows: int32 [batch * kv_heads, places], which row stands at a place, -1 before. slots: int32, the place of each
     entry, -1 for those without a bit. sums: of the numbers of bits before each word. shifts: int32 [batch * kv_heads,
-    blocks], what a place is more than its sum. PAST: only blocks before a query's own have bits. Grid: entries / SLOTS.
+    blocks], what a place is more than its sum; None if all places of a head have a row. PAST: only blocks before a
+    query's own have bits. Grid: entries / SLOTS.
     """
     entry = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     key_head, row, i, block, meant = entry_of(
@@ -95,6 +97,10 @@ def place(
     at = line * chunks + row // 32
     bit = tl.full([SLOTS], 1, tl.int32) << row % 32
     lower = tl.load(words + at, mask=meant, other=0) & (bit - 1)
-    found = tl.load(sums + at, mask=meant, other=0) + tl.load(shifts + line, mask=meant, other=0) + ones_of(lower)
+    found = tl.load(sums + at, mask=meant, other=0) + ones_of(lower)
+    if shifts is None:
+        found -= (key_head * places).to(tl.int32)
+    else:
+        found += tl.load(shifts + line, mask=meant, other=0)
     tl.store(slots + entry, tl.where(meant, found, -1), mask=entry < entries)
     tl.store(rows + key_head * places + found, row, mask=meant)

@@ -1,0 +1,50 @@
+"""Gradients of chunks on Hopper GPUs, in Gluon: where they are taken, and what is launched."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from manyheads.engines.triton import quick
+from manyheads.engines.triton.chunked import hopper
+from manyheads.engines.triton.chunked.call import Call, Prepared
+from manyheads.engines.triton.chunked.tables import _multiprocessors
+from manyheads.engines.triton.hopper import MISSING
+
+if MISSING is None:
+    from manyheads.engines.triton.chunked.hopper.kernels import gradients as kernels
+    from manyheads.engines.triton.hopper.launching import UNIT, descriptor, wide
+
+LARGEST = 128  # of head_dim and v_head_dim: a chunk and a part of the next lie in shared memory
+STAGES = 2  # of what is read until the end of a chunk
+
+
+def takes(call: Call) -> bool:
+    """Whether the kernel has what a call needs: features up to LARGEST, two bytes, decays of whole steps."""
+    if not hopper._hopper(call.q.device) or not call.q.dtype == call.k.dtype == call.v.dtype or call.channels:
+        return False
+    sizes = call.head_dim, call.v_head_dim
+    return call.q.element_size() == 2 and max(sizes) <= LARGEST and not any(size % UNIT for size in sizes)
+
+
+def gradients(
+    call: Call, made: Prepared, states: tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor],
+    found: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """states: u, z, do, the states and their gradients, of each chunk. found: dq, dk, dg and dbeta, to be filled."""
+    u, z, do, before, behind = states
+    dq, dk, dg, dbeta = found
+    width, chunk = wide(call.head_dim), call.chunk
+    v = descriptor(call.v, chunk)
+    z, u = (v, v) if z is None or u is None else (descriptor(z, chunk), descriptor(u, chunk))
+    shared = dk.dtype != dq.dtype  # by heads: float32
+    boxes = (
+        descriptor(before, width), descriptor(behind, width), z, v, u, descriptor(do, chunk),
+        descriptor(call.k, chunk), descriptor(call.q, chunk), descriptor(dq, chunk),
+        descriptor(dq if shared else dk, chunk),
+    )  # fmt: skip
+    total = call.rows * call.chunks
+    arguments = (
+        *boxes, made.g, made.beta, dq, dk if shared else None, dg, dbeta, total, call.chunks, *call.sizes, call.scale,
+        call.head_dim, dbeta is not None, dg is not None, STAGES,
+    )  # fmt: skip
+    quick.launch(kernels.gradients, min(total, _multiprocessors(call.q.device)), arguments, num_warps=4)
