@@ -21,6 +21,7 @@ import torch
 from recurrences import CASES, HEAD_DIM, SHAPES, inputs, ours
 from torch import Tensor
 
+from manyheads import dispatch
 from manyheads.engines.triton import replay
 from manyheads.engines.triton.chunked import tables
 from manyheads.engines.triton.chunked.tables import Tile
@@ -35,26 +36,32 @@ BACKWARD = {
 AT_ONCE = (1, 2, 3, 4, 8)  # programs for each multiprocessor that a row is cut into segments for
 
 
+def forget() -> None:
+    """Calls that were made before, whose launches have the tiles of then."""
+    replay.forget()
+    dispatch._KNOWN.clear()
+
+
 @contextmanager
 def tile(key: tuple[str, int, int], other: Tile) -> Iterator[None]:
     before, tables.TILES[key] = tables.TILES[key], other
-    replay.forget()
+    forget()
     try:
         yield
     finally:
         tables.TILES[key] = before
-        replay.forget()
+        forget()
 
 
 @contextmanager
 def at_once(count: int) -> Iterator[None]:
     before, tables.AT_ONCE = tables.AT_ONCE, count
-    replay.forget()
+    forget()
     try:
         yield
     finally:
         tables.AT_ONCE = before
-        replay.forget()
+        forget()
 
 
 def variants(which: str, channels: bool) -> Iterator[tuple[str, Any]]:

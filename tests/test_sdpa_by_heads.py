@@ -99,3 +99,24 @@ def test_nothing_is_seen_by_anyone(tiled):
     o = attention(q, k, v, form, engine="sdpa")
     assert not o.any()
     assert not any(grad.any() for grad in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_what_only_a_mask_reads_may_want_a_gradient(scores):
+    """It gets none, and the outputs are those without it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 100, 8)
+    given = torch.rand(1, 100)
+    mask = Scores(mask=lambda b, h, i, j, of: (of[b, j] > 0.3) & (j <= i), operands={"of": Operand("batch len")})
+    blocks = Blocks.from_map(torch.tensor([[[1, 0], [1, 1]], [[1, 0], [0, 1]]], dtype=torch.bool)[None])
+    form = mask if scores else form_of(mask, blocks, (64, 64))
+    o = attention(q, k, v, form, of=given.clone().requires_grad_(), engine="sdpa")
+    torch.testing.assert_close(o, attention(q, k, v, form, of=given, engine="eager"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_no_rows(wants_grad):
+    q, k, v = (t.requires_grad_(wants_grad) for t in torch.randn(3, 0, 2, 100, 8))
+    blocks = Blocks.from_map(torch.ones(0, 2, 2, 2, dtype=torch.bool))
+    o = attention(q, k, v, form_of(MASKS["causal"], blocks, (64, 64)), engine="sdpa")
+    assert o.shape == (0, 2, 100, 8) and o.requires_grad == wants_grad

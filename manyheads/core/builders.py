@@ -171,7 +171,7 @@ attended_gradients = operator(
     within.attended_gradients,
     "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor dlse, float scale, bool causal, "
     "Tensor? of_q, Tensor? of_k) -> (Tensor, Tensor, Tensor)",
-    lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    lambda q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manyheads.core.picking import products, wide
 
-RUN = 256  # queries whose scores are held at a time
+RUN, HELD = 256, 2**28  # queries, and their scores, that are held at a time, if one query has no more
 
 
 def attended(
@@ -29,9 +29,10 @@ def attended_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv of what `attended` gave."""
     delta = (wide(do) * o).sum(-1) - dlse
-    dq, dk, dv = [], torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
+    dq, dk, dv = [], wide(k).new_zeros(k.shape), wide(v).new_zeros(v.shape)
+    size = _size(q, k)
     for n, (run, hidden) in enumerate(_runs(q, k, causal, of_q, of_k)):
-        rows = slice(n * RUN, n * RUN + run.shape[2])
+        rows = slice(n * size, n * size + run.shape[2])
         p = _weights(_scores(run, k, scale, hidden), lse[:, :, rows])
         ds = p * (products(wide(do[:, :, rows]), wide(v)) - delta[:, :, rows, None]) * scale
         dq.append(_weighed(ds, wide(k)))
@@ -44,14 +45,19 @@ def _runs(
     q: Tensor, k: Tensor, causal: bool, of_q: Tensor | None, of_k: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Some queries, and which keys [.., .., queries, len] are hidden from them, None for none."""
-    j, start = torch.arange(k.shape[2], device=q.device), k.shape[2] - q.shape[2]
-    for first, run in zip(range(0, q.shape[2], RUN), q.split(RUN, 2), strict=True):
+    j, start, size = torch.arange(k.shape[2], device=q.device), k.shape[2] - q.shape[2], _size(q, k)
+    for first, run in zip(range(0, q.shape[2], size), q.split(size, 2), strict=True):
         i = torch.arange(start + first, start + first + run.shape[2], device=q.device)
         hidden = j > i[:, None] if causal else None
         if of_q is not None and of_k is not None:
-            own = of_q[:, :, first : first + RUN, None] == of_k[:, :, None]
+            own = of_q[:, :, first : first + size, None] == of_k[:, :, None]
             hidden = own if hidden is None else own | hidden
         yield run, hidden
+
+
+def _size(q: Tensor, k: Tensor) -> int:
+    """Queries of a run."""
+    return max(1, min(RUN, HELD // max(1, q.shape[0] * q.shape[1] * k.shape[2])))
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,10 @@ def run(form: Form, x: Inputs) -> tuple[Tensor, None]:
 
 
 def _in_parts(form: Scores | Selection, x: Inputs) -> tuple[Tensor, None]:
-    gathers = isinstance(form, Selection) and form.query_block >= LEAST and x.q_len and x.kv_len
+    gathers = isinstance(form, Selection) and form.query_block >= LEAST and x.batch and x.q_len and x.kv_len
     o = _by_lists(form, x) if gathers else _by_chunks(form, x)  # type: ignore[arg-type]  a Selection
-    if x.wants_grad and not o.requires_grad:  # nothing is seen by anyone: let a backward pass find its way
+    if not o.requires_grad and x.wants_grad and any(t.requires_grad for t in (x.q, x.k, x.v)):
+        # Nothing is seen by anyone: let a backward pass find its way.
         o = x.nothing()
     return o, None
 

@@ -87,5 +87,6 @@ def test_work_is_linear_in_length_with_chunks(kind, causal):
             with torch.no_grad(), FlopCounterMode(display=False) as counter, Work() as work:
                 module(torch.randn(1, length, 8))
             flops[chunk, length], numbers[chunk, length] = counter.get_total_flops(), work.numbers
-    assert flops[128, 4096] <= 4.05 * flops[128, 1024] and numbers[128, 4096] < 4.5 * numbers[128, 1024]
+    # The map of tiles, 128 queries by 64 keys, is quadratic, and under 2 % of it here.
+    assert flops[128, 4096] <= 4.1 * flops[128, 1024] and numbers[128, 4096] < 4.5 * numbers[128, 1024]
     assert flops[None, 4096] > 8 * flops[None, 1024]

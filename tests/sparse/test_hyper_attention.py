@@ -1,5 +1,6 @@
 """HyperAttention: hashes in Gray's order, sums without bias, errors that shrink, heavy keys that are found."""
 
+import pytest
 import torch
 
 from manyheads import attention
@@ -66,3 +67,12 @@ def test_short_texts_are_exact_and_hold_no_square_of_scores():
     expected = attention(q, k, v, "causal")
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), k)[0])
+
+
+@pytest.mark.parametrize(("length", "queries"), [(3, 1), (6, 4), (9, 1)])
+def test_halves_down_to_single_keys(length, queries):
+    """Some parts of a size then have the same queries. Blocks hold all keys, so that it is plain causal attention."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (queries, length, length))
+    o = attention(q, k, v, "hyper_attention", min_len=1, block_size=64)
+    torch.testing.assert_close(o, attention(q, k, v, "causal"), rtol=1e-5, atol=1e-5)

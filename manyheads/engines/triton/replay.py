@@ -169,18 +169,20 @@ def call_of(
 
 
 def _without_numbers(t: Tensor) -> Tensor:
-    """As empty_like sees it laid out as t, with next to no memory."""
-    if t.is_contiguous():
-        return t.new_empty(1).expand(t.shape)
-    like = torch.empty_like(t)
-    like.untyped_storage().resize_(0)
-    return like
+    """As empty_like sees it laid out as t."""
+    return _bare(t.new_empty(1).expand(t.shape) if t.is_contiguous() else torch.empty_like(t))
 
 
 def _together(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     """What a tensor with room for all is made like, and where in it they begin, aligned as torch's tensors are."""
     *begins, end = accumulate([-(-t.untyped_storage().nbytes() // APART) * APART for t in tensors], initial=0)
-    return tensors[0].new_empty(1, dtype=torch.uint8).expand(end), tuple(begins)
+    return _bare(tensors[0].new_empty(1, dtype=torch.uint8).expand(end)), tuple(begins)
+
+
+def _bare(t: Tensor) -> Tensor:
+    """Without memory, which would be held as long as a call is known, and may be a graph's own."""
+    t.untyped_storage().resize_(0)
+    return t
 
 
 def _encoder(direct: quick.Direct, at: int, box: quick.Box) -> Callable[[int], list[Any]]:

@@ -128,9 +128,9 @@ def hyper_attention(
         rank_q, rank_k = hashed(q, k, g)
         parts = list(halves(queries, keys, min_len)) if causal else [(queries, keys, False)]
         found = []
-        for size in dict.fromkeys(map(size_of, parts)):  # parts of a size at a time
-            i, j, _ = zip(*(part for part in parts if size_of(part) == size), strict=True)
-            of_q, of_k, (length, n, masked) = (i, queries), (j, keys), size
+        for group in alike(parts):
+            i, j, _ = zip(*group, strict=True)
+            of_q, of_k, (length, n, masked) = (i, queries), (j, keys), size_of(group[0])
             cut = stacked(q, *of_q), stacked(k, *of_k), stacked(v, *of_k)
             if n <= min_len if masked else length < min_len:
                 made = [attended(*cut, scale, masked, None, None)]
@@ -160,6 +160,18 @@ def halves(queries, keys, min_len):
     if late:
         yield from halves(late, range(middle, keys.stop), min_len)
         yield late, range(keys.start, middle), False
+
+
+def alike(parts):
+    """Parts of one size together, as far as they have queries of their own."""
+    groups = []
+    for part in parts:
+        fitting = (g for g in groups if size_of(g[-1]) == size_of(part) and g[-1][0].stop <= part[0].start)
+        group = next(fitting, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(part)
+    return groups
 
 
 def size_of(part):

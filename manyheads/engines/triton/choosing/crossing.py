@@ -18,16 +18,17 @@ from manyheads.engines.triton.choosing.launches import (
 )
 
 ROWS, WARPS = 64, 8  # of a map, at a time
+WIDE, WIDEST = 128, 256  # numbers of a head beyond which there is room for fewer keys, and for none
 
 
 def heaviest_cells(q: Tensor, k: Tensor, scale: float, share: Tensor, first: int) -> Tensor:
     (batch, heads, queries, dim), (kv_heads, n) = q.shape, k.shape[1:3]
-    if q.dtype == torch.float64:
+    if q.dtype == torch.float64 or dim > WIDEST:
         return crossing.heaviest_cells(q, k, scale, share, first)
     q, k, share = (t.float().contiguous() for t in (q, k, share))
     mass = q.new_empty(batch, heads, queries, n)
     sizes = heads, heads // kv_heads, queries, n, first, scale
-    constants = dim, max(16, power(dim)), ROWS, PART, PRECISION
+    constants = dim, max(16, power(dim)), ROWS, PART if dim <= WIDE else 16, PRECISION
     programs, arguments = batch * heads * cdiv(queries, ROWS), (q, k, share, mass, *sizes, *constants)
     launch(kernels.masses, programs, arguments, num_warps=WARPS)
     return heaviest(mass.flatten(-2), share, 0, False).view(mass.shape)

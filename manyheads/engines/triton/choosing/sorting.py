@@ -34,11 +34,12 @@ def hashed(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def in_order(ranks: Tensor, many: int) -> tuple[Tensor, Tensor]:
     if many > COUNTED:
         return sorting.in_order(ranks, many)
+    ranks = ranks.contiguous()
     n, tokens = ranks.shape[2], ranks.numel()
     heads, chunks = tokens // max(1, n), cdiv(n, 32)
     order, places = torch.empty_like(ranks), torch.empty_like(ranks)
     words = torch.zeros(heads * many * chunks, dtype=torch.int32, device=ranks.device)
-    lines = ranks.contiguous(), None, tokens, 1, n, 1, heads, 0, 0, 0, n, many, chunks
+    lines = ranks, None, tokens, 1, n, 1, heads, 0, 0, 0, n, many, chunks
     sizes, programs = (1, 1, SLOTS), cdiv(tokens, SLOTS)
     launch(ordering.mark, programs, (words, None, *lines, *sizes), num_warps=4)
     sums = words.new_empty(words.numel() + 1)

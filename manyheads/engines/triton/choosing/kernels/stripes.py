@@ -53,12 +53,13 @@ def parts(
     if tile * PART + PART > n - queries + m:
         seen = (query < queries)[:, None] & (key[None, :] <= own[:, None]) & (key < n)[None, :]
         s = tl.where(seen, s, float("-inf"))
-    top = tl.max(s, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    best = tl.max(s, 1)
+    top = tl.where(best == float("-inf"), 0.0, best)
     weights = tl.exp2(s - top[:, None])
     there = query < queries
     at = head * tiles + tile
-    tl.store(tops + at * queries + query, top, mask=there)
+    # -inf where nothing is seen: 0 there would be infinitely more than what is far below it.
+    tl.store(tops + at * queries + query, best, mask=there)
     total = tl.sum(weights, 1)
     found = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
     tl.store(totals + at * queries + query, found, mask=there)

@@ -79,7 +79,7 @@ def _consumer(
     if START is None:
         S = gl.full([HALF, D], 0.0, gl.float32, s_layout)
     else:
-        S = gl.load(START + near + far)
+        S = gl.load(START + near + far).to(gl.float32)
     if other:
         S += gl.where(same, 1.0, 0.0)
     for n in range(begin, stop):

@@ -82,7 +82,7 @@ def _consumer(
     if START is None:
         S = gl.full([HALF, D], 0.0, gl.float32, s_layout)
     else:
-        S = gl.load(START + near + far)
+        S = gl.load(START + near + far).to(gl.float32)
     if other:  # where v = 0 and S = I at first, S is what the segment makes of the state before it
         S += gl.where(same, 1.0, 0.0)
     total = gl.full([1], 0.0, gl.float32, gl.SliceLayout(1, layout))
