@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads import get
 from manyheads.core import builders, low_bits, tournaments
-from manyheads.core.forms import Blocks, Selection
+from manyheads.core.forms import Blocks
 from tests.interpreter import interpret
-from tests.test_choosing import rows_of, whole
+from tests.test_choosing import chosen_twice, rows_of, whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -147,24 +146,13 @@ def test_eight_bits_are_as_good_as_sixteen_on_a_gpu(dim, monkeypatch):
 @pytest.mark.parametrize(("name", "given"), [("sale", {}), ("hip_attention", {"query_stride": 2})])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_whole_choices_on_a_gpu_wait_for_nothing_and_are_the_same_every_run(name, given):
-    form = get(name)(**given)
-    assert isinstance(form, Selection)
-    q, k = (torch.randn(1, h, 16384, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
-    first = form.select(q, k, scale=0.1, offset=0)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        again = form.select(q, k, scale=0.1, offset=0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    choose, (first, again), made, more = chosen_twice(name, given, 16384)
     assert first.counts.equal(again.counts)
     meant = torch.arange(first.indices.shape[-1], device="cuda") < first.counts[..., None]
     assert first.indices.where(meant, 0).equal(again.indices.where(meant, 0))
-    made = again.indices.untyped_storage().nbytes()
-    assert torch.cuda.max_memory_allocated() - before < 2 * made + 2**28  # one head's scores are 1 GiB
+    assert more < 2 * made + 2**28  # one head's scores are 1 GiB
     graph, taken = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(graph):
-        taken = form.select(q, k, scale=0.1, offset=0)
+        taken = choose()
     graph.replay()
     assert taken.counts.equal(first.counts) and taken.indices.where(meant, 0).equal(first.indices.where(meant, 0))

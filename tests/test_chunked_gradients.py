@@ -43,7 +43,7 @@ def emulated(group: str) -> None:
         emulator.Kernel(kernels.gradients)[(programs,)](*arguments)
 
     gradients.takes, gradients.quick = (lambda call: True), SimpleNamespace(launch=launch)
-    gradients._multiprocessors = lambda device: 2  # a program has several chunks
+    gradients.multiprocessors = lambda device: 2  # a program has several chunks
     found = [errors(case, torch.bfloat16, CPU) for case in CASES[group]]
     assert len(launched) == len(found)
     print(json.dumps(found))
@@ -91,6 +91,6 @@ def test_on_a_gpu(monkeypatch, form, head_dim, v_head_dim, heads):
 def test_a_program_has_many_chunks_on_a_gpu(monkeypatch):
     from manyheads.engines.triton.chunked.hopper import gradients
 
-    monkeypatch.setattr(gradients, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(gradients, "multiprocessors", lambda device: 1)
     found = errors(Case("delta and step", 1000, 1000, 128, 128, (2, 2)), torch.bfloat16, torch.device("cuda"))
     assert max(found.values()) < 2.4e-2, found

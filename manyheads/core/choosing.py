@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manyheads.core import builders
 from manyheads.core.forms import Blocks
+from manyheads.core.picking import past_blocks as past_blocks
 from manyheads.core.picking import products as products
 
 
@@ -22,12 +23,6 @@ def block_means(x: Tensor, size: int, start: int = 0) -> Tensor:
     The first token stands at place `start` of its block; the first and the last block may hold fewer than `size`.
     """
     return builders.block_means(x, size, start)
-
-
-def past_blocks(queries: int, keys: int, *, first: int, device: torch.device) -> Tensor:
-    """bool [queries, keys]: for blocks of one size on both sides, those that begin no later; the first block of queries
-    is number `first`."""
-    return torch.arange(keys, device=device) <= torch.arange(first, first + queries, device=device)[:, None]
 
 
 # ---- of scores ----

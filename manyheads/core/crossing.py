@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core.lists import listed
-from manyheads.core.picking import heaviest, products, wide
+from manyheads.core.picking import heaviest, past_blocks, products, wide
 
 
 def heaviest_cells(q: Tensor, k: Tensor, scale: float, share: Tensor, first: int) -> Tensor:
@@ -17,7 +17,8 @@ def heaviest_cells(q: Tensor, k: Tensor, scale: float, share: Tensor, first: int
     q: [batch, heads, query blocks, dim], k: [batch, kv_heads, key blocks, dim]; share: [batch, heads, 1], q's dtype.
     """
     s = products(wide(q), wide(k)) * scale
-    mass = s.masked_fill(~_seen(s.shape[2], s.shape[3], first, s.device), -torch.inf).softmax(-1) / s.shape[-2]
+    seen = past_blocks(s.shape[2], s.shape[3], first=first, device=s.device)
+    mass = s.masked_fill(~seen, -torch.inf).softmax(-1) / s.shape[-2]
     return heaviest(mass.flatten(-2), share.to(mass.dtype), 0, False).view_as(mass)
 
 
@@ -28,7 +29,3 @@ def crossed(columns: Tensor, diagonals: Tensor, cells: Tensor, share: Tensor, fi
     apart = first + torch.arange(queries, device=cells.device)[:, None] - torch.arange(n, device=cells.device)
     kept = columns[..., None, :] | diagonals[..., apart.clamp(min=0)] | cells & (share > 0)[..., None]
     return listed(kept & (apart >= 0))
-
-
-def _seen(queries: int, n: int, first: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device) <= torch.arange(first, first + queries, device=device)[:, None]

@@ -59,6 +59,12 @@ def best(likes: Tensor, count: int, number: Tensor | None = None) -> tuple[Tenso
     return indices.sort(-1).values.int(), there.sum(-1, dtype=torch.int32)
 
 
+def past_blocks(queries: int, keys: int, *, first: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: for blocks of one size on both sides, those that begin no later; the first block of queries
+    is number `first`."""
+    return torch.arange(keys, device=device) <= torch.arange(first, first + queries, device=device)[:, None]
+
+
 def past(
     queries: int, keys: int, query_block: int, key_block: int, offset: int, first: int, local: int,
     device: torch.device | None = None,

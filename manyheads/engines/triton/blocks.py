@@ -75,6 +75,17 @@ def chip_of(device: torch.device) -> str:
     return major if any(chip == major for _, chip, _, _ in BLOCKS) else ""
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def multiprocessors(device: torch.device, elsewhere: int = 1) -> int:
+    """elsewhere: where they cannot be counted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else elsewhere
+
+
 def padded(head_dim: int) -> int:
     """To a power of two, and to what a product takes at the least."""
     return max(16, 1 << (head_dim - 1).bit_length())

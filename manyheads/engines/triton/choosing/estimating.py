@@ -8,9 +8,9 @@ from torch import Tensor
 
 from manyheads.core import low_bits as in_torch
 from manyheads.core import tournaments as in_rounds
-from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.blocks import cdiv, is_hopper, multiprocessors
 from manyheads.engines.triton.choosing.kernels import low_bits, rounding, tournaments
-from manyheads.engines.triton.choosing.launches import PRECISION, empty_lists, launch, multiprocessors, power
+from manyheads.engines.triton.choosing.launches import PRECISION, empty_lists, launch, power
 from manyheads.engines.triton.launch import INTERPRETED
 
 MOST = 2**13  # halves of chunks, and their sampled keys, that a program has
@@ -142,8 +142,7 @@ def type_of(device: torch.device) -> torch.dtype:
     2^-13 of their greatest number, and these are whole."""
     if INTERPRETED:
         return torch.float32
-    hopper = not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
-    return torch.float8_e4m3fn if hopper else torch.bfloat16
+    return torch.float8_e4m3fn if is_hopper(device) else torch.bfloat16
 
 
 def _rows_whole(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ operations do there."""
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from manyheads.core import picking
 from manyheads.engines.triton import quick
-from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.blocks import cdiv, multiprocessors
 from manyheads.engines.triton.choosing.kernels import listing, long, means, turning
 from manyheads.engines.triton.choosing.kernels.past import past as past_of
 from manyheads.engines.triton.choosing.kernels.rows import heaviest_of_rows
@@ -176,11 +175,6 @@ def power(n: int) -> int:
 def warps(columns: int) -> int:
     """So that a thread has 64 numbers of a row at most."""
     return 4 if columns <= 2 * TILE else 8
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(entry: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core import picking
-from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.blocks import cdiv, multiprocessors
 from manyheads.engines.triton.choosing.kernels import stripes as striping
 from manyheads.engines.triton.choosing.kernels import windows
 from manyheads.engines.triton.choosing.launches import (
@@ -19,7 +19,6 @@ from manyheads.engines.triton.choosing.launches import (
     empty_lists,
     fits,
     launch,
-    multiprocessors,
     power,
 )
 from manyheads.engines.triton.launch import INTERPRETED

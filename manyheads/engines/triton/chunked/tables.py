@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from manyheads.engines.triton.blocks import cdiv, padded
+from manyheads.engines.triton.blocks import cdiv, multiprocessors, padded
 
 CHUNK = {2: 64, 4: 32}  # tokens, by the bytes of a number
 LEAST = 4  # chunks of a segment: it is walked twice
@@ -75,10 +74,5 @@ def key_of(kernel: str, size: int, head_dim: int, channels: bool) -> tuple[str, 
 def segments(programs: int, chunks: int, device: torch.device, few: bool = False) -> int:
     """Of each row, where without them there are so many programs. few: as all but one are walked twice in full."""
     at_once = FEW if few else AT_ONCE
-    wanted = min(at_once * _multiprocessors(device) // programs, chunks // LEAST)
+    wanted = min(at_once * multiprocessors(device, ELSEWHERE) // programs, chunks // LEAST)
     return cdiv(chunks, cdiv(chunks, max(wanted, 1)))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else ELSEWHERE

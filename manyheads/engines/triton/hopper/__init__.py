@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyheads.core.forms import Blocks, Form, Scores, Selection
 from manyheads.core.inputs import Inputs
+from manyheads.engines.triton.blocks import is_hopper
 
 try:
     from manyheads.engines.triton import replay
@@ -36,7 +37,7 @@ def why_not(form: Form, x: Inputs) -> str | None:
         read = *form.program.tensors, *(t for name, t in x.operands.items() if name != form.sink)
         if any(t.requires_grad for t in read):
             return "under dropout the Hopper kernel gives gradients to q, k, v and sinks alone"
-    if x.q.device.type != "cuda" or torch.version.hip or _capability(x.q.device) != 9:
+    if not is_hopper(x.q.device):
         return "the Hopper kernel needs a GPU of compute capability 9"
     if x.q.dtype not in (torch.bfloat16, torch.float16) or not x.q.dtype == x.k.dtype == x.v.dtype:
         return f"the Hopper kernel takes bfloat16 and float16, not {x.q.dtype}"
@@ -61,10 +62,6 @@ def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
     if rounds.pay(form, x, blocks):
         return rounds.Rounds(blocks, form.query_block, form.key_block)
     return selected.chosen_of(form, x, blocks)
-
-
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def run(form: Scores, x: Inputs, chosen: Chosen | None = None) -> tuple[Tensor, Tensor]:

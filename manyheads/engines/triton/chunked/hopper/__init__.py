@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engines.triton import quick
-from manyheads.engines.triton.blocks import cdiv
+from manyheads.engines.triton.blocks import cdiv, is_hopper
 from manyheads.engines.triton.hopper import MISSING
 from manyheads.engines.triton.launch import INTERPRETED
 
@@ -33,9 +32,7 @@ Added = tuple[Tensor, Tensor, Tensor | None]  # what segments add to a state, to
 def takes(call: Call) -> bool:
     """Whether the kernels here have what a call needs: features of certain numbers, two bytes, decays of whole steps,
     and a query for each key, as the hardware stores no box that begins before a tensor."""
-    if not _hopper(call.q.device) or not call.q.dtype == call.k.dtype == call.v.dtype or call.q.element_size() != 2:
-        return False
-    return call.head_dim in KEYS and call.v_head_dim in VALUES and not call.ahead and not call.channels
+    return fits(call) and call.head_dim in KEYS and call.v_head_dim in VALUES and not call.ahead
 
 
 def takes_segments(call: Call) -> bool:
@@ -43,10 +40,14 @@ def takes_segments(call: Call) -> bool:
     return takes(call) and (call.beta is None or call.head_dim == call.v_head_dim == 2 * HALF)
 
 
-@cache
+def fits(call: Call) -> bool:
+    """What all kernels here ask for: two bytes for each number, and decays of whole steps."""
+    same = call.q.dtype == call.k.dtype == call.v.dtype
+    return _hopper(call.q.device) and same and call.q.element_size() == 2 and not call.channels
+
+
 def _hopper(device: torch.device) -> bool:
-    known = MISSING is None and not INTERPRETED and device.type == "cuda" and not torch.version.hip
-    return known and torch.cuda.get_device_capability(device)[0] == 9
+    return MISSING is None and not INTERPRETED and is_hopper(device)
 
 
 def walk(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from manyheads.engines.triton import quick
+from manyheads.engines.triton.blocks import multiprocessors
 from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared
-from manyheads.engines.triton.chunked.tables import _multiprocessors
 from manyheads.engines.triton.hopper import MISSING
 
 if MISSING is None:
@@ -20,10 +20,8 @@ STAGES = 2  # of what is read until the end of a chunk
 
 def takes(call: Call) -> bool:
     """Whether the kernel has what a call needs: features up to LARGEST, two bytes, decays of whole steps."""
-    if not hopper._hopper(call.q.device) or not call.q.dtype == call.k.dtype == call.v.dtype or call.channels:
-        return False
     sizes = call.head_dim, call.v_head_dim
-    return call.q.element_size() == 2 and max(sizes) <= LARGEST and not any(size % UNIT for size in sizes)
+    return hopper.fits(call) and max(sizes) <= LARGEST and not any(size % UNIT for size in sizes)
 
 
 def gradients(
@@ -47,4 +45,4 @@ def gradients(
         *boxes, made.g, made.beta, dq, dk if shared else None, dg, dbeta, total, call.chunks, *call.sizes, call.scale,
         call.head_dim, dbeta is not None, dg is not None, STAGES,
     )  # fmt: skip
-    quick.launch(kernels.gradients, min(total, _multiprocessors(call.q.device)), arguments, num_warps=4)
+    quick.launch(kernels.gradients, min(total, multiprocessors(call.q.device)), arguments, num_warps=4)
