@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 import gluon_emulator as emulator
-from test_hopper import FORMS, check, check_gradients, emulated, inputs, on_hopper, ragged  # noqa: F401  a fixture
+import test_hopper
+from test_hopper import FORMS, check, check_gradients, inputs, on_hopper, ragged
 from test_hopper_entmax import check as check_entmax
 
 from manyheads.core.dropout import dropout_of, hashed
@@ -17,6 +18,7 @@ from manyheads.engines import eager
 from manyheads.engines.triton import hopper, launch, op
 from manyheads.engines.triton.hopper import launching
 
+emulated = test_hopper.emulated  # a fixture
 SINKS = Scores(mask=FORMS["window"].mask, sink="sink", operands={"sink": Operand("heads")})
 
 
@@ -28,44 +30,44 @@ def dropping(x, rate=0.3, seed=5):
 @pytest.mark.parametrize(
     "name", ["full", "causal", "soft-cap", "ALiBi", "documents", "empty rows", "signed", "sigmoid", "nothing"]
 )
-def test_forms(emulated, name, dim):  # noqa: F811
+def test_forms(emulated, name, dim):
     x = dropping(inputs(150, 330, batch=2, dim=dim))
     check(FORMS[name], x)
     check_gradients(FORMS[name], x)
 
 
 @pytest.mark.parametrize(("lengths", "rate"), [((1, 1), 1e-3), ((65, 129), 0.9), ((1, 300), 0.9), ((200, 77), 0.9)])
-def test_lengths(emulated, lengths, rate):  # noqa: F811
+def test_lengths(emulated, lengths, rate):
     """With one key dP and its mean cancel, but for the rounding of o to 16 bits, of which a large o leaves more."""
     x = dropping(inputs(*lengths, heads=6, kv_heads=2), rate, seed=2**63 - 1)
     check(FORMS["causal"], x)
     check_gradients(FORMS["causal"], x)
 
 
-def test_sizes(emulated):  # noqa: F811
+def test_sizes(emulated):
     x = dropping(inputs(150, 330, heads=2, dim=256, v_dim=72))
     check(FORMS["window"], x)
     check_gradients(FORMS["window"], x)
 
 
-def test_rows_of_their_own(emulated):  # noqa: F811
+def test_rows_of_their_own(emulated):
     x = dropping(ragged(inputs(300, 300, batch=3)), rate=0.8, seed=-(2**40))
     check(FORMS["causal"], x)
     check_gradients(FORMS["causal"], x, apart=True)
 
 
-def test_sinks(emulated):  # noqa: F811
+def test_sinks(emulated):
     x = dropping(inputs(150, 150)).with_(operands={"sink": torch.tensor([-3.0, -1.0, 0.5, 4.0])})
     check(SINKS, x)
     check_gradients(SINKS, x)
 
 
-def test_entmax(emulated):  # noqa: F811
+def test_entmax(emulated):
     """Every row has so many keys that some stay: one that sees none would be told by o = 0."""
     check_entmax(Scores(normaliser="entmax", alpha=1.3), dropping(inputs(150, 330), rate=0.1))
 
 
-def test_the_same_bits(emulated):  # noqa: F811
+def test_the_same_bits(emulated):
     """On 32 bits in the kernels, on 64 elsewhere."""
     module = emulator.load("common", "dropping")["dropping"]
     i, j = torch.tensor([-1, 0, 1, 2**20, 2**31 - 1])[:, None], torch.tensor([0, 1, 77, 2**31 - 1])[None]
@@ -90,7 +92,7 @@ def test_thresholds_fit_in_32_bits(rate):
 
 
 @pytest.mark.parametrize("attend", [launch.attend, op.ATTEND], ids=["function", "operator"])
-def test_autograd(emulated, monkeypatch, attend):  # noqa: F811
+def test_autograd(emulated, monkeypatch, attend):
     """From loss to leaves: the sink's gradient has no kernel on Hopper. The operator makes the call anew."""
     monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
     monkeypatch.setattr(launch, "row_delta", lambda o, do, dlse, call: (o.float() * do.float()).sum(-1))

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_quick import FORMS, inputs, recorder, small  # noqa: F401  a fixture
+import test_quick
+from test_quick import FORMS, inputs, small
 from triton import knobs
 
 from manyheads import attention, dispatch
@@ -22,11 +23,12 @@ from manyheads.engines.triton import hopper, launch, quick, replay
 from manyheads.engines.triton.chunked import autograd
 from manyheads.engines.triton.hopper import backward, forward, tables
 
+recorder = test_quick.recorder  # a fixture
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
 
 
 @pytest.fixture
-def computed(recorder, monkeypatch) -> list:  # noqa: F811
+def computed(recorder, monkeypatch) -> list:
     """A new entry for each call that went the ordinary way."""
     monkeypatch.setattr(replay, "_KNOWN", {})
     monkeypatch.setattr(tables, "KEPT", type(tables.KEPT)())
@@ -36,7 +38,7 @@ def computed(recorder, monkeypatch) -> list:  # noqa: F811
     return found
 
 
-def launches(recorder, call) -> list:  # noqa: F811
+def launches(recorder, call) -> list:
     """What each launch was handed, tensors and their addresses by the order in which they come first."""
     recorder.launches.clear()
     recorder.encoded.clear()
@@ -76,7 +78,7 @@ def given_to(form, q_len, kv_len):
 
 
 @pytest.mark.parametrize("name", READING)
-def test_repeats_what_was_computed(recorder, computed, name):  # noqa: F811
+def test_repeats_what_was_computed(recorder, computed, name):
     form = READING[name]
     for shape in ((130, 300), (512, 512), (1, 700)):
         computed.clear()
@@ -93,7 +95,7 @@ def test_repeats_what_was_computed(recorder, computed, name):  # noqa: F811
         assert len(computed) == count + 2
 
 
-def test_results_are_those_of_the_ordinary_way(recorder, computed):  # noqa: F811
+def test_results_are_those_of_the_ordinary_way(recorder, computed):
     x = inputs(300, 300, dim=128)
     for needed in ((True, True, True), (False, True, False), (True, False, False)):
         o, lse = hopper.run(FORMS["full"], x)
@@ -115,7 +117,7 @@ def differentiated(attend, x):
 
 @pytest.mark.parametrize("learned", [False, True], ids=["", "learned"])
 @pytest.mark.parametrize("name", READING)
-def test_calls_that_want_gradients(recorder, computed, monkeypatch, name, learned):  # noqa: F811
+def test_calls_that_want_gradients(recorder, computed, monkeypatch, name, learned):
     monkeypatch.setattr(hopper, "why_not", lambda form, x: None)
     form, (first, second) = READING[name], (given_to(READING[name], 256, 256) for _ in range(2))
     for x in (first, second):
@@ -220,7 +222,7 @@ def test_captured_numbers_may_change(computed):
     assert len(computed) == count + 1
 
 
-def test_operands_lie_somewhere_else_each_time(recorder, computed):  # noqa: F811
+def test_operands_lie_somewhere_else_each_time(recorder, computed):
     form, x = READING["gate"], given_to(READING["gate"], 256, 256)
     settled(form, x)
     count = len(computed)
@@ -260,7 +262,7 @@ def test_what_is_not_known_by_name_is_computed(computed):
     assert not replay._KNOWN
 
 
-def test_hooks_see_every_launch(recorder, computed):  # noqa: F811
+def test_hooks_see_every_launch(recorder, computed):
     x, seen = inputs(256, 256), []
     settled(FORMS["causal"], x)
     count = len(computed)
@@ -287,7 +289,7 @@ DECAYS = {"none": (None, None), "step": ("step", None), "channel, delta": ("chan
 
 
 @pytest.fixture
-def prepared(recorder, monkeypatch) -> list:  # noqa: F811
+def prepared(recorder, monkeypatch) -> list:
     """A new entry for each forward or backward pass that went the ordinary way, whose tensors are kept: memory that
     torch gave back would be taken once more."""
     monkeypatch.setattr(replay, "_KNOWN", {})
@@ -324,7 +326,7 @@ def run_and_differentiate(given):
 
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("name", DECAYS)
-def test_recurrences_repeat_what_was_computed(recorder, prepared, name, turned):  # noqa: F811
+def test_recurrences_repeat_what_was_computed(recorder, prepared, name, turned):
     first, second = (recurrence(DECAYS[name], turned=turned) for _ in range(2))
     for _ in range(2):  # compiled, then watched
         made = run_and_differentiate(first)
@@ -373,7 +375,7 @@ def test_recurrences_that_differ_are_computed(prepared, change):
 @pytest.mark.parametrize("wants_grad", [False, True], ids=["", "gradients"])
 @pytest.mark.parametrize("has_state", [False, True], ids=["", "state"])
 @pytest.mark.parametrize("order", [("g", "beta"), ("beta", "g")], ids=" ".join)
-def test_whole_calls_of_recurrences(recorder, prepared, monkeypatch, order, has_state, wants_grad):  # noqa: F811
+def test_whole_calls_of_recurrences(recorder, prepared, monkeypatch, order, has_state, wants_grad):
     chosen: list = []
     monkeypatch.setattr(triton, "_unable", lambda x: None)
     monkeypatch.setattr(dispatch, "_fast", lambda t: True)
