@@ -195,7 +195,7 @@ def _named(mechanism: str | Mechanism, settings: tuple[tuple[str, Any], ...]) ->
 
 
 for _constant in (_settings_of, _named):  # torch.compiler.assume_constant_result, without a second for its import
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  a mark of torch's
 
 
 # ---- calls once more: what is checked and chosen once holds for all calls of a kind ----

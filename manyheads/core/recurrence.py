@@ -124,7 +124,7 @@ def _constant(form: Recurrence, heads: int, device: torch.device) -> Tensor:
     """The log decay of each head. Computed once, unless the function reads tensors, which may change, or somebody
     stands between: what is made then may be no tensor of numbers."""
     assert form.decay is not None, "log_decays looked"
-    modes: int = torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    modes: int = torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]  not declared
     if torch.compiler.is_compiling() or modes or _reads(form):
         return form.decay(torch.arange(heads, device=device), heads)
     return _computed(form, heads, device)

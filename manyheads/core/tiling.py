@@ -198,8 +198,9 @@ def choose(form: Selection, x: Inputs) -> Blocks:
 
 
 def row_start(positions: Positions) -> int:
+    """The first position of rows that an engine took as a range."""
     if isinstance(positions, Tensor):
-        raise TypeError("a selection is run row by row, over positions that are a range")
+        raise TypeError("this is run row by row, over positions that are a range")
     return positions.start
 
 

@@ -175,7 +175,7 @@ class Direct:
     def __call__(self, programs: int, stream: int, boxes: Sequence[Box], arguments: Sequence[Any]) -> None:
         expanded: list[Any] = []
         for place, (base, shape, strides, _) in enumerate(boxes):
-            expanded += self.encoded(place, base.data_ptr(), shape, strides)  # type: ignore[misc]
+            expanded += self.encoded(place, base.data_ptr(), shape, strides)  # type: ignore[misc]  there are boxes
         self.start(programs, stream, expanded, arguments)
 
     def start(self, programs: int, stream: int, expanded: Sequence[Any], arguments: Sequence[Any]) -> None:

@@ -187,4 +187,5 @@ def _bare(t: Tensor) -> Tensor:
 
 def _encoder(direct: quick.Direct, at: int, box: quick.Box) -> Callable[[int], list[Any]]:
     shape, strides = tuple(box.shape), tuple(box.strides)
-    return lru_cache(quick.ENCODED)(lambda place: direct.encode(at, place, shape, strides))  # type: ignore[misc]
+    encode: Any = direct.encode  # there, as there are boxes
+    return lru_cache(quick.ENCODED)(lambda place: encode(at, place, shape, strides))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import row_start
 from manyheads.engines.triton.hopper import backward, forward
 from manyheads.engines.triton.hopper.given_levels import (
     ENTROPIES,
@@ -35,7 +36,7 @@ from manyheads.engines.triton.hopper.given_levels import (
     slopes,
     weights,
 )
-from manyheads.engines.triton.hopper.looks import find, first_of, with_rows
+from manyheads.engines.triton.hopper.looks import find, with_rows
 from manyheads.engines.triton.hopper.looks import why_not as why_no_looks
 
 ENOUGH = 2.0**-14  # as in kernels/newton.py
@@ -59,7 +60,7 @@ def gradients(
     """dq, dk, dv; None for those that are not needed."""
     y = with_rows(x, {TAU: tau})
     mean, _ = _forward(form, slopes, y)
-    return backward.run(given_levels(form, weights, first_of(x)), y, mean, tau, do, None, needed)
+    return backward.run(given_levels(form, weights, row_start(x.q_positions)), y, mean, tau, do, None, needed)
 
 
 def alpha_gradient(form: Scores, x: Inputs, tau: Tensor, do: Tensor) -> Tensor:
@@ -102,4 +103,4 @@ def _above(form: Scores, x: Inputs) -> Tensor:
 
 
 def _forward(form: Scores, what: Callable[..., Any], x: Inputs) -> tuple[Tensor, Tensor]:
-    return forward.run(given_levels(form, what, first_of(x)), x)
+    return forward.run(given_levels(form, what, row_start(x.q_positions)), x)

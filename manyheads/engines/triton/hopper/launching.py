@@ -78,7 +78,8 @@ def places(
     if not isinstance(q, Tensor) and not isinstance(kv, Tensor):
         return (None, None), (q.start, kv.start), (0, 0)
     q, kv = (as_rows(p, device).to(device, torch.int32).contiguous() for p in positions)
-    return (q, kv), (0, 0), tuple(t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))  # type: ignore[return-value]
+    q_step, kv_step = (t.stride(0) if t.shape[0] > 1 else 0 for t in (q, kv))
+    return (q, kv), (0, 0), (q_step, kv_step)
 
 
 def masked(table: Any, sticks_out: bool, at: Tensor | None, chosen: Any = None) -> int:

@@ -64,12 +64,6 @@ def find(
             LEVELS.run(math.prod(shape), (*own, look == 0, power), source, arguments)
 
 
-def first_of(x: Inputs) -> int:
-    """The position of the first query."""
-    assert not isinstance(x.q_positions, Tensor), "why_not said so"
-    return x.q_positions.start
-
-
 def with_rows(x: Inputs, rows: dict[str, Tensor]) -> Inputs:
     """With numbers of the queries, as operands."""
     return x.with_(operands={**x.operands, **rows})

@@ -18,6 +18,7 @@ from torch import Tensor
 from manyheads.core.expressions import Program
 from manyheads.core.forms import Blocks
 from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import row_start
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import ordering
@@ -38,7 +39,7 @@ class Part(NamedTuple):
 
     def of(self, x: Inputs) -> Inputs:
         keys = self.batch, self.kv_heads
-        start = x.q_positions.start  # type: ignore[union-attr]  selected.why_not
+        start = row_start(x.q_positions)
         return x.with_(
             q=x.q[self.own], k=x.k[keys], v=x.v[keys],
             q_positions=range(start + self.queries.start, start + self.queries.stop),
@@ -151,7 +152,7 @@ class Own:
     def table_of(
         self, program: Program, x: Inputs, tile: tuple[int, int], operands: dict[str, Tensor], turned: bool = False
     ) -> Table:
-        start = x.q_positions.start  # type: ignore[union-attr]  selected.why_not
+        start = row_start(x.q_positions)
         make = _turned if turned else _ranges
         return Table(RANGES, make(start, x.q_len, x.kv_len, self.key_block, *tile, x.q.device))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from manyheads.core.attending import with_captured
 from manyheads.core.forms import Blocks, Scores, Selection
 from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import row_start
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper import backward, forward
@@ -67,7 +68,7 @@ def run(form: Scores, x: Inputs, chosen: Rounds) -> tuple[Tensor, Tensor]:
     o = quick.empty((x.batch, x.heads, x.q_len, x.v_head_dim), x.q.dtype, x.q.device)
     lse = quick.empty((x.batch, x.heads, x.q_len), torch.float32, x.q.device)
     sink = None if form.sink is None else x.operands[form.sink].detach().float().contiguous()
-    own, others = forms_of(form, _start(x), chosen.key_block)
+    own, others = forms_of(form, row_start(x.q_positions), chosen.key_block)
     for part, y, order in ordered(form, x, chosen):
         of_own = (None, None) if own is None else forward.run(own, y, chosen=Own(chosen.key_block))
         theirs = None if sink is None else sink[part.heads]
@@ -88,7 +89,7 @@ def gradients(
     do = do if do.stride(3) == 1 else do.contiguous()
     with torch.cuda.device_of(x.q):
         top, delta = backward.prepared(o, lse, do, dlse)
-    own, others = forms_of(form, _start(x), chosen.key_block)
+    own, others = forms_of(form, row_start(x.q_positions), chosen.key_block)
     dq = quick.empty(x.q.shape, x.q.dtype, x.q.device) if needed[0] else None
     dk = torch.zeros_like(x.k, dtype=torch.float32) if needed[1] else None
     dv = torch.zeros_like(x.v, dtype=torch.float32) if needed[2] else None
@@ -163,11 +164,11 @@ def ordered(form: Scores, x: Inputs, chosen: Rounds) -> Iterator[tuple[Part, Inp
     past = form.mask is not None
     for part in parts(x, max(1, chosen.blocks.indices.shape[3]), cdiv(x.kv_len, chosen.key_block)):
         y = part.of(x)
-        yield part, y, order_of(chosen.blocks, y, part, _start(x), chosen.query_block, chosen.key_block, past)
-
-
-def _start(x: Inputs) -> int:
-    return x.q_positions.start  # type: ignore[union-attr]  selected.why_not
+        yield (
+            part,
+            y,
+            order_of(chosen.blocks, y, part, row_start(x.q_positions), chosen.query_block, chosen.key_block, past),
+        )
 
 
 def _collect(part: Part, sums: tuple[Tensor | None, Tensor | None], more: list[Tensor | None]) -> None:

@@ -19,6 +19,7 @@ from manyheads.core.builders import transposed
 from manyheads.core.expressions import Program
 from manyheads.core.forms import Blocks, Selection
 from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import row_start
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper.kernels import listing, uniting
@@ -91,7 +92,7 @@ class Chosen:
     def _lists(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
         own = self.blocks.shared if states is None or states.shape[1] == 1 else self.blocks
         indices, counts = own.indices.contiguous(), own.counts.contiguous()
-        (_, heads, query_blocks, width), start = indices.shape, x.q_positions.start  # type: ignore[union-attr]  why_not
+        (_, heads, query_blocks, width), start = indices.shape, row_start(x.q_positions)
         rows, tiles, per_block = cdiv(x.q_len, tile[0]), cdiv(x.kv_len, tile[1]), self.key_block // tile[1]
         out = indices.new_empty(x.batch, heads, rows, 1 + max(1, width) * per_block, dtype=torch.int32)
         _fill(
@@ -102,7 +103,7 @@ class Chosen:
         return Table(LISTS, out)
 
     def _turned(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
-        key_blocks, start = cdiv(x.kv_len, self.key_block), x.q_positions.start  # type: ignore[union-attr]
+        key_blocks, start = cdiv(x.kv_len, self.key_block), row_start(x.q_positions)
         listed, begins = _transposed(self.blocks.indices, self.blocks.counts, key_blocks)
         rows, tiles = cdiv(x.kv_len, QUERIES) * (QUERIES // tile[1]), cdiv(x.q_len, tile[0])
         per_block, per_row = self.query_block // tile[0], self.key_block // tile[1]
@@ -169,7 +170,7 @@ def marked(blocks: Blocks, x: Inputs, query_block: int, key_block: int) -> Tenso
 
 def _first(x: Inputs, block: int) -> int:
     """The place of the first query in its block."""
-    return x.q_positions.start % block  # type: ignore[union-attr]  why_not
+    return row_start(x.q_positions) % block
 
 
 # ---- launches ----

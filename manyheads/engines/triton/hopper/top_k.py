@@ -19,8 +19,9 @@ from torch import Tensor
 
 from manyheads.core.forms import Scores
 from manyheads.core.inputs import Inputs
+from manyheads.core.tiling import row_start
 from manyheads.engines.triton.hopper import backward, forward
-from manyheads.engines.triton.hopper.looks import find, first_of, why_not, with_rows
+from manyheads.engines.triton.hopper.looks import find, why_not, with_rows
 from manyheads.engines.triton.hopper.rescored import of_queries, own_score, with_score
 
 __all__ = ["gradients", "levels_of", "run", "why_not"]
@@ -33,14 +34,14 @@ LEVEL = "kth_largest"  # an operand, a number for each query
 def run(form: Scores, x: Inputs) -> tuple[Tensor, Tensor]:
     """o and levels, float32 [batch, heads, q_len]."""
     level = levels_of(form, x)
-    return forward.run(above_level(form, first_of(x)), with_rows(x, {LEVEL: level}))[0], level
+    return forward.run(above_level(form, row_start(x.q_positions)), with_rows(x, {LEVEL: level}))[0], level
 
 
 def gradients(
     form: Scores, x: Inputs, level: Tensor, do: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv; None for those that are not needed. Levels are kept from the forward pass, and lse is found again."""
-    inner, y = above_level(form, first_of(x)), with_rows(x, {LEVEL: level})
+    inner, y = above_level(form, row_start(x.q_positions)), with_rows(x, {LEVEL: level})
     o, lse = forward.run(inner, y)
     return backward.run(inner, y, o, lse, do, None, needed)
 
