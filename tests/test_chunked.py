@@ -465,6 +465,7 @@ REAL = [
     *[Case(form, 777, 1100, 128, 128, (4, 4)) for form in STRONG],
     *[Case(form, 4100, 4100, 128, 128, (1, 1)) for form in STRONG],
     *[Case(form, 300, 300, 256, 128, (2, 2)) for form in ("step", "delta and channel")],
+    *[Case(form, 300, 300, 128, 128, (2, 2)) for form in ("step", "delta and step")],  # states of 16 bits, one segment
     *[Case("delta and channel", n, n, 64, 64, state=False) for n in (1, 17, 63, 64, 65)],
 ]
 # Each dtype and head_dim is compiled anew: a second or two a kernel.

@@ -75,8 +75,8 @@ def chip_of(device: torch.device) -> str:
     return major if any(chip == major for _, chip, _, _ in BLOCKS) else ""
 
 
-@cache
 def is_hopper(device: torch.device) -> bool:
+    """Not kept: torch.compile traces it, and warns of what is."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
