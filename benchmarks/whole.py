@@ -5,8 +5,8 @@
 
 Forward, bfloat16, 16 heads on 4, head_dim 128. q and k are of topics, as choices hang on them: runs of 512 tokens have
 a topic each, keys show their own and queries ask for it and for that of an earlier run. A row has milliseconds of both,
-the share of the pairs that was looked at, and what dense attention takes for one of ours; rows go to a file if one is
-given.
+of short calls as a CUDA graph too, the share of the pairs that was looked at, and what dense attention takes for one of
+ours; rows go to a file if one is given.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from manyheads.mechanisms import get
 K = 1024
 LENGTHS = (8 * K, 32 * K, 128 * K, 512 * K, 1024 * K)
 HEADS, KV_HEADS, HEAD_DIM, RUN = 16, 4, 128, 512
+SHORT = 100  # milliseconds, below which launches count
 SETTINGS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 4096, "top_k": 12}, "flexprefill": {"gamma": 0.95, "tau": 0.1}, "infllm_v2": {},
     "dhsa": {"grain": 16},  # of which there are lists; the paper's is 1
@@ -101,12 +103,15 @@ def main() -> int:
                 shape = {"batch": 1, "heads": HEADS, "kv_heads": KV_HEADS, "length": length, "head_dim": HEAD_DIM}
                 row = {"case": f"{name}, whole", **shape, "engine": "ours", "settings": SETTINGS[name]}
                 try:
-                    whole = spent(lambda q=q, k=k, v=v, form=form: attend(q, k, v, form))
+                    call = partial(attend, q, k, v, form)
+                    whole = spent(call)
+                    graph = attention.graphed(call, 0.05) if whole < SHORT else None
                     chosen = spent(lambda q=q, k=k, v=v, form=form: choose(form, build_inputs(
                         form, q, k, v, None, None, None, None, {}
                     )))  # fmt: skip
                     kept = share(form, q, k, v)
                     row |= {"whole_ms": round(whole, 3), "dense_ms": round(usual, 3), "faster": round(usual / whole, 2)}
+                    row |= {} if graph is None else {"graph_ms": round(graph, 3)}
                     row |= {"of_it_choosing_ms": round(chosen, 3), "kept": round(kept, 4)}
                 except Exception as e:  # the row says it
                     row, failed = {**row, "failed": f"{type(e).__name__}: {e}".splitlines()[0][:200]}, True
