@@ -175,7 +175,22 @@ def test_operators_are_as_torch_wants_them():
         (builders.best_windows, (q, k, 0.3, 2, 9, 2, 4, 2, 1, 4, 15, 1, 0)), (builders.stripes, (q, k, 0.3, 4)),
         (builders.listed, (q > 0,)), (builders.transposed, (*lists.listed(q > 0), 8)),
     ):  # fmt: skip
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.made, arguments)
+
+
+def test_kernels_are_called_directly_where_nobody_differentiates(monkeypatch):
+    direct = []
+    own = builders.block_means.function
+    monkeypatch.setitem(builders.block_means.kernels, "cpu", lambda *given: (direct.append(given), own(*given))[1])
+    x = torch.randn(2, 11, 3, requires_grad=True)
+    learned = builders.block_means(x, 4, 0)
+    assert not direct and "manyheads" in learned.grad_fn.name()
+    assert builders.block_means(torch.nn.Parameter(x, requires_grad=False), 4, 0).equal(learned) and not direct
+    assert builders.block_means(x.detach(), 4, 0).equal(learned) and len(direct) == 1
+    with torch.no_grad():
+        assert builders.block_means(x, 4, 0).equal(learned) and len(direct) == 2
+    traced = torch.compile(lambda x: builders.block_means(x, 4, 0), backend="eager", fullgraph=True)
+    assert traced(x.detach()).equal(learned) and len(direct) == 2
 
 
 # ---- kernels against torch operations ----

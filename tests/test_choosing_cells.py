@@ -66,8 +66,8 @@ def test_lists_of_columns_diagonals_and_cells(sizes):
 
 def test_operators_are_as_torch_wants_them():
     q, k, share = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 9, 8), torch.full((1, 2, 1), 0.5)
-    torch.library.opcheck(builders.heaviest_cells, (q, k, 0.3, share, 4))
-    torch.library.opcheck(builders.crossed, (*random_maps(1, 2, 5, 9), share, 4))
+    torch.library.opcheck(builders.heaviest_cells.made, (q, k, 0.3, share, 4))
+    torch.library.opcheck(builders.crossed.made, (*random_maps(1, 2, 5, 9), share, 4))
 
 
 # ---- kernels against torch operations ----

@@ -84,8 +84,8 @@ def test_kernels_in_the_interpreter(name):
 
 def test_operators_are_as_torch_wants_them():
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 19, 8)
-    torch.library.opcheck(builders.tournament, (q, k, 2, 1, 1, 4, 2, 14))
-    torch.library.opcheck(builders.by_four_bits, (q, k, 0.3, -1.0, 1, 4, 4, 2, 14))
+    torch.library.opcheck(builders.tournament.made, (q, k, 2, 1, 1, 4, 2, 14))
+    torch.library.opcheck(builders.by_four_bits.made, (q, k, 0.3, -1.0, 1, 4, 4, 2, 14))
 
 
 # Words that a kernel spills, at most, with Triton 3.6 and 3.7: twelve such programs are still faster than fewer.

@@ -106,7 +106,7 @@ def test_operators_are_as_torch_wants_them():
         (builders.to_blocks, (x, *at)), (builders.from_blocks, (cut, *at)),
         (builders.attended, (q, k, v, 0.3, True, None, None)),
     ):  # fmt: skip
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.made, arguments)
 
 
 # ---- kernels against torch operations ----

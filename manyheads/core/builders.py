@@ -3,7 +3,8 @@ torch's, which torch.compile takes whole. An engine may register kernels that do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,36 @@ from manyheads.core import crossing, lists, low_bits, picking, sorting, tourname
 RULE = "SymInt query_block, SymInt key_block, SymInt offset, SymInt first, SymInt local"
 
 
-def operator(function: Callable[..., Any], schema: str, like: Callable[..., Any]) -> Any:
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """made: torch's, which torch.compile and gradients take. What needs neither is called directly: an operator takes a
+    GPU's host longer than a short kernel."""
+
+    made: Any
+    function: Callable[..., Any]
+    kernels: dict[str, Callable[..., Any]]  # by type of device
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if torch.compiler.is_compiling() or any(type(t) is not Tensor for t in tensors) or _learn(tensors):
+            return self.made(*arguments)
+        return self.kernels.get(tensors[0].device.type, self.function)(*arguments)
+
+    def register_kernel(self, device: str, kernel: Callable[..., Any]) -> None:
+        self.kernels[device] = kernel
+        self.made.register_kernel(device)(kernel)
+
+
+def operator(function: Callable[..., Any], schema: str, like: Callable[..., Any]) -> Operator:
     """like: makes empty tensors of the results' sizes from the same arguments."""
     name = f"manyheads::{function.__name__}"
     made = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
     made.register_fake(like)
-    return made
+    return Operator(made, function, {})
+
+
+def _learn(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _lists(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +146,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 block_means = operator(picking.block_means, "(Tensor x, SymInt size, SymInt start) -> Tensor", _means)
-block_means.register_autograd(_differentiate, setup_context=_keep)
+block_means.made.register_autograd(_differentiate, setup_context=_keep)
 
 
 # ---- hash and sort ----
@@ -149,10 +174,10 @@ def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.order = inputs
 
 
-to_blocks.register_autograd(
+to_blocks.made.register_autograd(
     lambda ctx, grad: (from_blocks(grad.contiguous(), *ctx.order), *[None] * 5), setup_context=_keep_order
 )
-from_blocks.register_autograd(
+from_blocks.made.register_autograd(
     lambda ctx, grad: (to_blocks(grad.contiguous(), *ctx.order), *[None] * 5), setup_context=_keep_order
 )
 
@@ -186,4 +211,4 @@ def _differentiate_attended(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor 
     return *attended_gradients(*made, do, dlse, ctx.scale, ctx.causal, of_q, of_k), *[None] * 4
 
 
-attended.register_autograd(_differentiate_attended, setup_context=_keep_attended)
+attended.made.register_autograd(_differentiate_attended, setup_context=_keep_attended)

@@ -21,7 +21,7 @@ NAMES = {
 def register() -> None:
     for module, names in NAMES.items():
         for name in names:
-            getattr(builders, name).register_kernel("cuda")(_later(module, name))
+            getattr(builders, name).register_kernel("cuda", _later(module, name))
 
 
 def _later(module: str, name: str) -> Any:

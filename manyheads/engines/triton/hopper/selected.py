@@ -104,7 +104,7 @@ class Chosen:
 
     def _turned(self, x: Inputs, tile: tuple[int, int], states: Tensor | None) -> Table:
         key_blocks, start = cdiv(x.kv_len, self.key_block), row_start(x.q_positions)
-        listed, begins = _transposed(self.blocks.indices, self.blocks.counts, key_blocks)
+        listed, begins = transposed(self.blocks.indices, self.blocks.counts, key_blocks)
         rows, tiles = cdiv(x.kv_len, QUERIES) * (QUERIES // tile[1]), cdiv(x.q_len, tile[0])
         per_block, per_row = self.query_block // tile[0], self.key_block // tile[1]
         size = 2 * x.batch * x.heads * rows + listed.numel() * per_block * per_row
@@ -174,15 +174,6 @@ def _first(x: Inputs, block: int) -> int:
 
 
 # ---- launches ----
-
-
-def _transposed(indices: Tensor, counts: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
-    """As builders.transposed; calling an operator takes a GPU's host a third as long again."""
-    if indices.device.type != "cuda":
-        return transposed(indices, counts, key_blocks)
-    from manyheads.engines.triton.choosing import launches
-
-    return launches.transposed(indices, counts, key_blocks)
 
 
 def _fill(
