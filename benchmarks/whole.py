@@ -12,6 +12,7 @@ ours; rows go to a file if one is given.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from manyheads.mechanisms import get
 K = 1024
 LENGTHS = (8 * K, 32 * K, 128 * K, 512 * K, 1024 * K)
 HEADS, KV_HEADS, HEAD_DIM, RUN = 16, 4, 128, 512
-SHORT = 100  # milliseconds, below which launches count
+SHORT, ENOUGH = 100, 1000  # milliseconds: below which launches count, and for which one call says it
 SETTINGS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 4096, "top_k": 12}, "flexprefill": {"gamma": 0.95, "tau": 0.1}, "infllm_v2": {},
     "dhsa": {"grain": 16},  # of which there are lists; the paper's is 1
@@ -65,15 +66,16 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def spent(call: Callable[[], Any]) -> float:
-    """Milliseconds, the median of three after one that is not counted."""
-    times = []
-    for _ in range(4):
+    """Milliseconds, the median of three after one that is not counted; of one where that takes longer than ENOUGH."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < ENOUGH:
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[1:])[1]
+    return statistics.median(times)
 
 
 def share(form: Selection, q: Tensor, k: Tensor, v: Tensor) -> float:
