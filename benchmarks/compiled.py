@@ -359,7 +359,8 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
     return compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32), options=tile.options)
 
 
-STATES = {"START": "*fp32", "END": "*fp32", "TRANSITION": "*fp32", "TOTALS": "*fp32", "FADES": "*fp32", "scale": "fp32"}
+STATES = dict.fromkeys(("START", "END", "TRANSITION", "TOTALS", "FADES", "DG", "DBETA"), "*fp32") | {"scale": "fp32"}
+STATES |= {"A": "*bf16"}
 
 
 def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -381,6 +382,25 @@ def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield f"back segments {writes} {width}", partial(walked, "back", width, common | own)
 
 
+def channel_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The same where channels decay by themselves."""
+    whole, local = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), {"START": None}
+    for writes, widths in {"add": (64, 128), "delta": (128,)}.items():
+        common = {"CORRECTS": writes == "delta", "OUTPUTS": False, "STATES": False}
+        own = local | ({} if writes == "delta" else {"TRANSITION": None})
+        launches = {
+            "outputs": whole | {"OUTPUTS": True},
+            "states": whole | {"STATES": True, "END": None},
+            "segments": own,
+        }
+        for width in widths:
+            for launch, constants in launches.items():
+                made = partial(walked, "walk_channels", width, common | constants)
+                yield f"walk channels {launch} {writes} {width}", made
+            yield f"back channels {writes} {width}", partial(walked, "back_channels", width, common | whole)
+            yield f"back channels segments {writes} {width}", partial(walked, "back_channels", width, common | own)
+
+
 def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     """width: of keys; there are 128 values."""
     from importlib import import_module
@@ -391,25 +411,36 @@ def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from manyheads.engines.triton.chunked import hopper
+    from manyheads.engines.triton.chunked.hopper import channels
 
-    def descriptor(*block: int) -> str:
-        kind, text = (gl.bfloat16, "bf16") if block != (1, 64) else (gl.float32, "fp32")
+    def descriptor(name: str, *block: int) -> str:
+        kind, text = (gl.float32, "fp32") if name in ("g", "ends", "beta") else (gl.bfloat16, "bf16")
         layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
         return f"tensordesc<{text}{list(block)},{layout!r}>".replace("'", "")
 
     entry = getattr(import_module(f"manyheads.engines.triton.chunked.hopper.kernels.{name}"), name)
-    half = dict.fromkeys(("v", "out", "do", "z", "dv"), (1, 1, 64, hopper.HALF))
-    blocks = half | dict.fromkeys(("q", "k"), (1, 1, 64, width)) | dict.fromkeys(("g", "beta"), (1, 64))
+    half = dict.fromkeys(("v", "out", "do", "z", "dv", "u"), (1, 1, 64, hopper.HALF))
+    blocks = half | dict.fromkeys(("q", "k", "dq", "dk"), (1, 1, 64, width)) | dict.fromkeys(("g", "beta"), (1, 64))
     blocks |= {"t": (64, 64), "states": (1, width, hopper.HALF)}
     stages = hopper.STAGES if name == "walk" else hopper.BACK_STAGES
+    if name.endswith("channels"):
+        blocks |= {"g": (1, 1, 64, width), "ends": (1, width)}
+        stages = channels.STAGES
     constants = {n: v for n, v in ({"DV": 128, "STAGES": stages} | constants).items() if n in entry.arg_names}
-    types = dict.fromkeys(entry.arg_names, "i32") | {f"{n}_desc": descriptor(*b) for n, b in blocks.items()}
+    types = dict.fromkeys(entry.arg_names, "i32") | {f"{n}_desc": descriptor(n, *b) for n, b in blocks.items()}
     types |= STATES | dict.fromkeys(constants, "constexpr")
     types = {n: types[n] for n in entry.arg_names}
     places = {n: (k,) for k, n in enumerate(entry.arg_names)}
     aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] == "*"}
     made = GluonASTSource(entry, types, constexprs={places[n]: v for n, v in constants.items()}, attrs=aligned)
     return triton.compile(made, target=GPUTarget("cuda", 90, 32), options=hopper.OPTIONS)
+
+
+def fused_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for writes, (decays, corrects) in {"add": (True, False), "delta": (False, True), "gated": (True, True)}.items():
+        constants = {"GATED": decays, "CORRECTS": corrects}
+        constants |= ({} if decays else {"DG": None}) | ({} if corrects else {"DBETA": None})
+        yield f"fused {writes}", partial(walked, "fused", 128, constants)
 
 
 def gradient_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -601,7 +632,8 @@ def check(only: str) -> dict[str, Any]:
     rows: dict[str, Any] = {"triton": triton.__version__}
     tables = *list_kernels(), *map_kernels(), *round_kernels()
     hopper = [*hopper_kernels(), *small_kernels(), *tables] if only in ("hopper", "all") else []
-    hopper += [*recurrence_kernels(), *walk_kernels(), *gradient_kernels()] if only in ("recurrences", "all") else []
+    recurrences = *recurrence_kernels(), *walk_kernels(), *channel_kernels(), *fused_kernels(), *gradient_kernels()
+    hopper += recurrences if only in ("recurrences", "all") else []
     hopper += list(choosing_kernels()) if only in ("choosing", "all") else []
     for name, make in [*hopper, *(plain_kernels() if only in ("plain", "all") else [])]:
         start = time.perf_counter()

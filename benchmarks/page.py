@@ -11,6 +11,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ENGINES = {
     "ours": "manyheads", "cudnn": "cuDNN", "flex": "FlexAttention", "flash2": "FA2", "flash3": "FA3", "flash4": "FA4",
+    "flexprefill": "FlexPrefill", "nsa": "fla's NSA", "fsa": "FSA", "fsa_nsa": "FSA's NSA", "moba": "MoBA",
 }  # fmt: skip
 HEAD = """\
 <!-- Written by docs/generate.py from benchmarks/results: run the benchmark, do not edit. -->
@@ -26,8 +27,17 @@ HEAD = """\
 time our kernels beside those that are installed, in one process, and append rows to a file. `python docs/generate.py`
 writes this page from all files in `benchmarks/results`, the newest row of each kind. A row exists only where outputs
 and gradients were near float64. TFLOP/s are useful ones: 4 operations for each number of the head and each pair that
-the mask allows, 2.5 times as many backward; of blocks a tenth are looked at. Engines ran one after the other on one
+the mask allows, 2.5 times as many backward. Engines ran one after the other on one
 chip; how much each varied is in the file. FA3 is timed forward alone.
+"""
+SELECTIONS = """\
+## Selections, beside others
+
+Useful TFLOP/s over given lists of blocks, by `benchmarks/selections.py`; `benchmarks/sparse_peers.py` says who the
+others are and how they are called. Blocks of keys, a tenth of those before 128 queries, drawn for each head; "for 1":
+for each query by itself; "16 blocks": so many for each query, which the heads of a group share. A name is missing where
+it does not take such lists, was not near float64 or was not run. Dense: milliseconds of cuDNN's causal attention over
+ours.
 """
 WHOLE = """\
 ## Selections, end to end
@@ -66,7 +76,12 @@ def page(found: Iterable[Row]) -> str:
     machines = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, cuDNN {r['cudnn']}" for r in timed})
     parts = [HEAD, *(f"On {machine}.\n" for machine in machines)]
     for back in ("forward", "backward"):
-        parts += [f"## {back.capitalize()}\n", *_table([r for r in timed if r["pass"] == back]), ""]
+        parts += [
+            f"## {back.capitalize()}\n",
+            *_table([r for r in timed if r["pass"] == back and not _of_lists(r)]),
+            "",
+        ]
+    parts += [SELECTIONS, *_selections(timed), ""]
     parts += [WHOLE, *_whole([r for r in kept if r["case"].endswith(", whole")]), ""]
     parts += [RECURRENCES, *_recurrences(recurrent), ""]
     parts += ["## Around the kernels\n", *_around(kept), ""]
@@ -95,6 +110,29 @@ def _shape(row: Row) -> str:
     heads = f"{row['heads']}" + ("" if row["heads"] == row["kv_heads"] else f" on {row['kv_heads']}")
     length = f"{row['length'] // 1024}k" if row["length"] % 1024 == 0 else str(row["length"])
     return f"{row['batch']} × {length}, {heads} heads of {row['head_dim']}"
+
+
+def _of_lists(row: Row) -> bool:
+    return "share" in row or "number" in row
+
+
+def _selections(timed: list[Row]) -> list[str]:
+    lines = ["| case | shape | pass | manyheads | of the best | others | dense |", "|---|---|---|---:|---:|---|---:|"]
+    place = lambda r: (*(r[name] for name in SHAPE), r["pass"] == "backward")  # noqa: E731  sort, group
+    dense = {place(r): r["median_ms"] for r in timed if r["case"] == "causal" and r["engine"] == "cudnn"}
+    key = lambda r: (-r["head_dim"], r["case"], *place(r))  # noqa: E731
+    for _, group in groupby(sorted(filter(_of_lists, timed), key=key), key=key):
+        same = {r["engine"]: r for r in group}
+        ours = same.pop("ours", None)
+        if ours is None:
+            continue
+        others = sorted(same.values(), key=lambda r: -r["tflops"])
+        best = f"{ours['tflops'] / others[0]['tflops']:.2f}" if others else ""
+        told = ", ".join(f"{ENGINES[r['engine']]} {r['tflops']:.0f}" for r in others)
+        faster = f"{dense[place(ours)] / ours['median_ms']:.1f}" if place(ours) in dense else ""
+        cells = ours["case"], _shape(ours), ours["pass"], f"{ours['tflops']:.0f}", best, told, faster
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _whole(found: list[Row]) -> list[str]:

@@ -3,16 +3,18 @@
     python benchmarks/selections.py                                     all lengths, blocks and widths
     python benchmarks/selections.py --lengths 32768 --blocks 128 --peers ours flex
     python benchmarks/selections.py --query-blocks 1 16 64 --blocks 512 64 --peers ours unions
+    python benchmarks/selections.py --query-blocks 1 --blocks 64 --kept 16 --heads 64 4 --peers ours nsa fsa fsa_nsa
 
 Each 128 queries look at a share of the key blocks before them, drawn at random, and causally at their own ones.
---query-blocks: so many queries instead. Where ours are run in rounds, "unions" are tiles of 128 queries in their
-natural order that visit what any of them chose.
+--query-blocks: so many queries instead. --kept 1 or more: so many blocks in all, their own and the first one with them,
+which the heads of a group share, as in Native Sparse Attention. Where ours are run in rounds, "unions" are tiles of 128
+queries in their natural order that visit what any of them chose. The others are in sparse_peers.py.
 Every engine is checked first against float64: o, dq, dk and dv of the last queries of the first heads. A row is one
 engine, forward or backward, as benchmarks/attention.py has them; useful TFLOP/s count the pairs that are chosen and
 allowed. Building tables of lists is in our times and not in FlexAttention's, whose BlockMask is made before. The row
 "parts" has the milliseconds of what comes before the kernels, alone: choosing by pooled scores, our tables, the
 transposed ones, or the order of rounds, and FlexAttention's BlockMask. cuDNN computes all causal pairs, and its TFLOP/s
-count them.
+count them. Some peers copy q, k and v into their order of dimensions within a call.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import attention
 import torch
 from cases import Shape
 from peers import Run
+from sparse_peers import PEERS as OTHERS
+from sparse_peers import QUERIES, block_mask, causal
 from torch import Tensor
 
 from manyheads.core.checks import build_inputs
@@ -40,37 +44,34 @@ from manyheads.core.forms import Blocks, Scores, Selection
 from manyheads.engines import eager
 from manyheads.engines import triton as kernels
 
-QUERIES, LAST = 128, 256
-K = 1024
-
-
-def causal(b, h, i, j):
-    return j <= i
-
-
+LAST, K = 256, 1024
 SCORES = Scores(mask=causal)
 
 
 # ---- which blocks ----
 
 
-def liked(likes: Tensor, block: int, share: float, queries: int = QUERIES) -> Blocks:
-    """The best `share` of the key blocks before a block of queries, and its own. likes: float [batch, heads, query
-    blocks, key blocks]."""
+def liked(likes: Tensor, block: int, kept: float, queries: int = QUERIES) -> Blocks:
+    """The own key blocks of a block of queries and the best of those before: a share, or so many with the own ones, the
+    first of all among them. likes: float [batch, heads, query blocks, key blocks]."""
     rows, columns = likes.shape[-2:]
     own, before = max(1, queries // block), torch.arange(rows, device=likes.device) * queries // block
     past = torch.arange(columns, device=likes.device) < before[:, None]
-    number = (share * before).ceil()
-    top = likes.masked_fill(~past, -torch.inf).topk(math.ceil(share * columns), dim=-1).indices
+    if kept < 1:
+        number, most = (kept * before).ceil(), math.ceil(kept * columns)
+    else:
+        most = int(kept) - own
+        number, likes = before.clamp(max=most), likes.index_fill(-1, before[:1], torch.inf)
+    top = likes.masked_fill(~past, -torch.inf).topk(most, dim=-1).indices
     rank = torch.arange(top.shape[-1] + own, device=likes.device)
     self_too = (before[:, None] + torch.arange(own, device=likes.device)).expand(*likes.shape[:-1], own)
     there = (rank < own) | (rank - own < number[:, None])
     return Blocks.from_indices(torch.cat([self_too, top], -1), there.expand(*likes.shape[:-1], -1))
 
 
-def pooled(q: Tensor, k: Tensor, block: int, share: float, queries: int = QUERIES) -> Blocks:
+def pooled(q: Tensor, k: Tensor, block: int, kept: float, queries: int = QUERIES) -> Blocks:
     """By the products of mean queries and mean keys."""
-    return liked(products(block_means(q, queries), block_means(k, block)), block, share, queries)
+    return liked(products(block_means(q, queries), block_means(k, block)), block, kept, queries)
 
 
 def selection(blocks: Blocks, block: int, queries: int = QUERIES) -> Selection:
@@ -116,36 +117,7 @@ def unions(form: Selection, blocks: Blocks, block: int) -> Run:
     return run
 
 
-def flex(form: Selection, blocks: Blocks, block: int) -> Run:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if form.query_block != QUERIES:
-        raise ValueError(f"its mask is made here of blocks of {QUERIES} queries alone")
-    torch._dynamo.reset()
-    mask = block_mask(blocks, block)
-    return torch.compile(
-        lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=True), dynamic=False, fullgraph=True
-    )
-
-
-def block_mask(blocks: Blocks, block: int) -> Any:
-    """Own blocks are its partial ones, as they are the last of each list."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    own = QUERIES // block
-    number = blocks.counts - own
-    rows = blocks.counts.shape[-1]
-    indices = blocks.indices.masked_fill(blocks.indices > rows * own, 0).int()
-    wide = torch.nn.functional.pad(indices, (0, rows * own - indices.shape[-1])).contiguous()
-    diagonal = torch.zeros_like(wide)
-    diagonal[..., :own] = own * torch.arange(rows, device=wide.device)[:, None] + torch.arange(own, device=wide.device)
-    partial_number = torch.full_like(number, own).int()
-    return BlockMask.from_kv_blocks(
-        partial_number, diagonal, number.int().contiguous(), wide, BLOCK_SIZE=(QUERIES, block), mask_mod=causal
-    )
-
-
-PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "unions": unions, "flex": flex}
+PEERS: dict[str, Callable[[Selection, Blocks, int], Run]] = {"ours": ours, "unions": unions, **OTHERS}
 
 
 # ---- rows ----
@@ -161,12 +133,14 @@ def truth(form: Selection, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[
 
 
 def bench(
-    shape: Shape, queries: int, block: int, share: float, wanted: list[str], passes: list[str], seconds: float,
+    shape: Shape, queries: int, block: int, kept: float, wanted: list[str], passes: list[str], seconds: float,
     limit: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     torch.manual_seed(0)
-    likes = torch.rand(shape.batch, shape.heads, shape.length // queries, shape.length // block, device="cuda")
-    blocks = liked(likes, block, share, queries)
+    group = 1 if kept < 1 else shape.heads // shape.kv_heads
+    likes = torch.rand(shape.batch, shape.heads // group, shape.length // queries, shape.length // block, device="cuda")
+    blocks = liked(likes, block, kept, queries)
+    blocks = Blocks(*(t.repeat_interleave(group, 1) for t in (blocks.indices, blocks.counts)))
     del likes
 
     def leaf(heads: int) -> Tensor:
@@ -178,7 +152,8 @@ def bench(
     last[:, : shape.heads // shape.kv_heads, -LAST:] = do[:, : shape.heads // shape.kv_heads, -LAST:]
     true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block, queries) * shape.head_dim
     case = f"blocks of {block}" + (f" for {queries}" if queries != QUERIES else "")
-    about = {"case": case, **shape._asdict(), "dtype": "bfloat16", "share": share}
+    case = case if kept < 1 else f"{int(kept)} {case}"
+    about = {"case": case, **shape._asdict(), "dtype": "bfloat16", "share" if kept < 1 else "number": kept}
     for peer in (p for p in PEERS if p in wanted):
         row = {**about, "engine": peer}
         try:
@@ -189,7 +164,7 @@ def bench(
         except Exception as e:  # a peer that cannot is a row, not the end
             yield {**row, "failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
         torch.cuda.empty_cache()
-    yield from parts(about, form, blocks, block, share, (q, k, v), wanted, seconds, limit)
+    yield from parts(about, form, blocks, block, kept, (q, k, v), wanted, seconds, limit)
 
 
 def timed(
@@ -202,11 +177,13 @@ def timed(
     o = run(*qkv)
     torch.cuda.synchronize()
     row = {**row, "first_call_s": round(time.perf_counter() - start, 3)}
-    found = [o, *torch.autograd.grad(o, qkv, last, retain_graph=True)]
-    errors = [attention.error(a, b) for a, b in zip(found, true, strict=True)]
+    found = [o]
+    if o.requires_grad and "backward" in passes:
+        found += torch.autograd.grad(o, qkv, last, retain_graph=True)
+    errors = [attention.error(a, b) for a, b in zip(found, true, strict=False)]
     if not max(errors) < attention.BOUND:
         raise RuntimeError(f"wrong: relative errors of o, dq, dk, dv are {errors}")
-    for which in passes:
+    for which in (p for p in passes if p == "forward" or o.requires_grad):
         if which == "forward":
             call = torch.no_grad()(partial(run, *qkv))
         else:
@@ -217,7 +194,7 @@ def timed(
 
 
 def parts(
-    about: dict[str, Any], form: Selection, blocks: Blocks, block: int, share: float,
+    about: dict[str, Any], form: Selection, blocks: Blocks, block: int, kept: float,
     given: tuple[Tensor, Tensor, Tensor], wanted: list[str], seconds: float, limit: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Milliseconds of what comes before the kernels, each alone."""
@@ -228,7 +205,9 @@ def parts(
     x = build_inputs(form, q, k, v, None, None, None, None, {})
     choosing = partial(hopper.chosen_of, form, x, blocks)
     chosen = choosing()
-    calls: dict[str, Callable[[], Any]] = {"choosing_ms": partial(pooled, q, k, block, share, form.query_block)}
+    calls: dict[str, Callable[[], Any]] = {}
+    if kept < 1:
+        calls["choosing_ms"] = partial(pooled, q, k, block, kept, form.query_block)
     if isinstance(chosen, hopper.rounds.Rounds):
         calls["ordering_ms"] = lambda: deque(hopper.rounds.ordered(form.scores, x, chosen), maxlen=0)
     else:
@@ -268,7 +247,8 @@ def main() -> int:
     parser.add_argument("--blocks", nargs="+", type=int, default=[128, 64], help="keys in a block")
     parser.add_argument("--query-blocks", nargs="+", type=int, default=[QUERIES], help="queries in a block")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
-    parser.add_argument("--share", type=float, default=0.1, help="of the key blocks before a query")
+    parser.add_argument("--heads", nargs=2, type=int, default=[32, 8], metavar=("HEADS", "KV_HEADS"))
+    parser.add_argument("--kept", type=float, default=0.1, help="of the key blocks before a query, or so many in all")
     parser.add_argument("--passes", nargs="+", default=list(attention.PASSES), choices=attention.PASSES)
     parser.add_argument("--peers", nargs="+", default=["ours", "flex", "cudnn"], choices=[*PEERS, "cudnn"])
     parser.add_argument("--seconds", type=float, default=0.2, help="of timed runs for each row")
@@ -279,14 +259,14 @@ def main() -> int:
         print("benchmarks/selections.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
     rows, start = [], time.perf_counter()
-    add = attention.recorder(rows, given.results)
+    add, (heads, kv_heads) = attention.recorder(rows, given.results), given.heads
     for length in given.lengths:
         for head_dim in given.head_dims:
-            shape = Shape(1, 32, 8, length, head_dim)
+            shape = Shape(1, heads, kv_heads, length, head_dim)
             for queries, block in product(given.query_blocks, given.blocks):
                 print(f"[{time.perf_counter() - start:.0f} s] blocks of {queries} and {block}, {shape}", flush=True)
                 how = given.peers, given.passes, given.seconds, given.limit
-                for row in bench(shape, queries, block, given.share, *how):
+                for row in bench(shape, queries, block, given.kept, *how):
                     add(row)
             if "cudnn" in given.peers:
                 for row in attention.bench(
