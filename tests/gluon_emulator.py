@@ -54,7 +54,9 @@ class Array(np.ndarray):
     def of(values: Any) -> Array:
         return np.asarray(values).view(Array)
 
-    def to(self, dtype: str) -> Array:
+    def to(self, dtype: str, bitcast: bool = False) -> Array:
+        if bitcast:  # numbers of 16 bits, which are kept as what they mean
+            return self
         if dtype in ("bfloat16", "float16"):
             return Array.of(rounded(self, dtype))
         return Array.of(self.astype(dtype))
@@ -70,13 +72,18 @@ def rounded(values: Any, dtype: str) -> np.ndarray:
 
 class Shared:
     def __init__(self, values: np.ndarray, dtype: str):
-        self.values, self.shape, self.dtype = values, values.shape, dtype
+        self.values, self.shape, self.dtype, self.layout = values, values.shape, dtype, None
 
     def index(self, k: Any) -> Shared:
         return Shared(self.values[int(k)], self.dtype)
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.values[start : start + length], self.dtype)
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.values[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
+
+    def _reinterpret(self, dtype: str, shape: Any, layout: Any) -> Shared:
+        """The room of the first of its numbers, one for each of the others."""
+        assert np.prod(shape) <= self.values.size
+        return Shared(self.values.reshape(-1)[: np.prod(shape)].reshape(shape), dtype)
 
     def reshape(self, shape: Any) -> Shared:
         return Shared(self.values.reshape(shape), self.dtype)
@@ -268,6 +275,13 @@ def _atomic_or(at: Pointer, values: Any, mask: Any = True, sem: str = "") -> Non
     np.bitwise_or.at(at.values, index, np.broadcast_to(np.asarray(values), there.shape)[there])
 
 
+def _atomic_add(at: Pointer, value: Any, sem: str = "") -> Any:
+    """Of one number."""
+    before = at.values[int(at.at)]
+    at.values[int(at.at)] += int(value)
+    return Int(before)
+
+
 def _where(test: Any, a: Any, b: Any) -> Any:
     narrow = [np.float32(x) if isinstance(x, float) else x for x in (a, b)]
     result = np.where(test, *narrow)
@@ -322,8 +336,8 @@ def _assembly(text: str, constraints: str, args: list[Any], **options: Any) -> A
 
 
 gl: Any = SimpleNamespace(
-    bfloat16="bfloat16", float16="float16", float32="float32", int32="int32", int64="int64",
-    uint32="uint32",
+    bfloat16="bfloat16", float16="float16", float32="float32", int16="int16", int32="int32",
+    int64="int64", uint32="uint32",
     constexpr=lambda value: value, static_range=range,
     SliceLayout=lambda *a: None, BlockedLayout=lambda *a: None, DotOperandLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
@@ -395,6 +409,8 @@ def load_plain(name: str) -> ModuleType:
         **{**vars(gl), "full": lambda shape, value, dtype: Array.of(np.full(shape, value, dtype))},
         cumsum=lambda x, axis: Array.of(np.cumsum(x, axis)),
         atomic_or=_atomic_or,
+        atomic_add=_atomic_add,
+        debug_barrier=lambda: None,
     )
     module = ModuleType(f"emulated_{name}")
     with _replaced({"triton": SimpleNamespace(jit=gluon.jit, language=tl), "triton.language": tl}):

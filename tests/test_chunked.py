@@ -439,8 +439,8 @@ def test_says_what_it_cannot_do(monkeypatch):
 SPILLED = {
     "walk add 128": 26, "walk delta 128": 44, "walk delta channels 128": 8, "back add 128": 4, "back delta 128": 16,
     "back segments delta 128": 64, "gradients channels 128": 8, "gradients delta 128": 128,
-    "gradients delta channels 128": 76, "inner delta channels 128": 24, "inner blocks channels 128": 36,
-    "inner blocks delta channels 128": 196, "pairs channels 128": 20, "pairs delta channels 128": 172,
+    "gradients delta channels 128": 76, "inner delta channels 128": 24, "inner blocks channels 128": 88,
+    "inner blocks delta channels 128": 236, "pairs channels 128": 172, "pairs delta channels 128": 376,
     "walk delta channels 256": 40, "back delta channels 256": 16, "solve delta 128": 6, "solve delta channels 128": 6,
 }  # fmt: skip
 CHECKED = [

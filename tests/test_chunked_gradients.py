@@ -92,5 +92,5 @@ def test_a_program_has_many_chunks_on_a_gpu(monkeypatch):
     from manyheads.engines.triton.chunked.hopper import gradients
 
     monkeypatch.setattr(gradients, "multiprocessors", lambda device: 1)
-    found = errors(Case("delta and step", 1000, 1000, 128, 128, (2, 2)), torch.bfloat16, torch.device("cuda"))
+    found = errors(Case("delta and step", 900, 1000, 128, 128, (2, 2)), torch.bfloat16, torch.device("cuda"))
     assert max(found.values()) < 2.4e-2, found

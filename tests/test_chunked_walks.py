@@ -131,6 +131,10 @@ class Truth:
             beta = beta.float().to(device)
         return Prepared(call.q, call.k, None, g, g, fades, beta, None, None, t)
 
+    def by_channel(self, g: Tensor) -> Tensor:
+        """[.., channels], or one for all of them."""
+        return g[..., None]
+
     def near(self, found: Tensor, true: Tensor) -> bool:
         return bool((found.double().cpu() - true).norm() <= BOUND[self.case.dtype] * true.norm())
 
@@ -176,9 +180,9 @@ def check_forward(case: Case, device: torch.device) -> None:
     if u is not None:  # what it adds says that it is right
         for n, first in enumerate(range(0, case.length, C)):
             g, k = truth.g[:, :, first : first + C], truth.k[:, :, first : first + C]
-            fall = (g.sum(2, True) - g.cumsum(2)).exp()[..., None]
+            fall = truth.by_channel(g.sum(2, True) - g.cumsum(2)).exp()
             added = (k * fall).mT @ u[:, :, first : first + C].double().cpu()
-            assert truth.near(g.sum(2).exp()[..., None, None] * true[n] + added, true[n + 1])
+            assert truth.near(truth.by_channel(g.sum(2)).exp()[..., None] * true[n] + added, true[n + 1])
 
 
 def check_segments(case: Case, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared
 from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
+from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
 from manyheads.engines.triton.chunked.kernels import back as backs
 from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
@@ -36,22 +37,27 @@ def backward(
 ) -> Gradients:
     """starts: as `forward` returned them. do has its rows' numbers side by side. decays: whether g needs its own. The
     state's is that of zeros where there is none."""
-    before = call.like(call.rows, call.chunks, *call.state[2:])
-    behind, d_state = empty_like(before), call.new(*call.state)
+    before, d_state = call.like(call.rows, call.chunks, *call.state[2:]), call.new(*call.state)
     tokens = call.batch, call.heads, call.kv_len
     corrects = call.beta is not None
-    u, z = (call.like(*tokens, call.v_head_dim) if corrects else None for _ in range(2))
+    u = call.like(*tokens, call.v_head_dim) if corrects else None
     walk(call, made, starts, u=u, states=before)
     ends = starts_of(call, d_end, lambda *local: back(call, made, None, do, local=local))
+    decays = decays and call.g is not None
+    dbeta = call.new(*tokens) if corrects else None
+    if hopper.takes_fused(call):
+        dq, dk, dv = call.like(*call.q.shape), call.like(*tokens, call.head_dim), call.like(*tokens, call.v_head_dim)
+        found = Gradients(dq, dk, dv, call.new(*tokens) if decays else None, dbeta, d_state)
+        hopper.fused(call, made, ends, call.v if u is None else u, before, do, found)
+        return found
     # Heads that share keys add up: in float32, for the sum is rounded once.
     shared = call.q.dtype if call.group == 1 else torch.float32
+    behind, z = empty_like(before), None if u is None else empty_like(u)
     dv = call.new(*tokens, call.v_head_dim, dtype=shared)
     back(call, made, ends, do, end=d_state, z=z, dv=dv, states=behind)
 
-    decays = decays and call.g is not None
     dq = call.new(*call.q.shape, dtype=torch.float32 if call.channels else call.q.dtype)
     dk = call.new(*tokens, call.head_dim, dtype=torch.float32 if call.channels else shared)
-    dbeta = call.new(*tokens) if corrects else None
     dg = da = db = None
     if made.a is not None:
         dg, da = call.new(call.rows, call.chunks * call.chunk, call.head_dim), empty_like(made.a)
@@ -102,6 +108,9 @@ def back(
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """As `walk`, from the end."""
+    if channels.takes(call):
+        channels.back(call, made, starts, do, end=end, z=z, dv=dv, states=states, local=local)
+        return
     if hopper.takes(call) if local is None else hopper.takes_segments(call):
         hopper.back(call, made, starts, do, end=end, z=z, dv=dv, states=states, local=local)
         return

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
+from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
 from manyheads.engines.triton.chunked.kernels.pairs import pairs
 from manyheads.engines.triton.chunked.kernels.solve import solve
@@ -119,11 +120,11 @@ Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """q, k, k_out, ends: of single channels what kernels/pairs.py says; else the call's q and k and g, and no k_out. g:
-    sums of log decays, float32 [batch, heads, chunks * chunk], with head_dim behind where channels have their own.
-    fades: bounds of what chunks leave of a state, [rows, chunks + 1], where there are decays. beta: float32 [rows,
-    chunks * chunk]. a, b, t: what pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody
-    reads it."""
+    """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/channels.py take
+    the call's q and k, and no k_out; else the call's q and k and g, and no k_out. g: sums of log decays, float32
+    [batch, heads, chunks * chunk], with head_dim behind where channels have their own. fades: bounds of what chunks
+    leave of a state, [rows, chunks + 1], where there are decays. beta: float32 [rows, chunks * chunk]. a, b, t: what
+    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
 
     q: Tensor
     k: Tensor | None
@@ -160,12 +161,15 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(*tokens, call.head_dim)
         ends = call.new(*shape[:2], call.head_dim)
-        q = call.like(*call.q.shape)
-        k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
-        k = None if call.beta is None else empty_like(k_out)
-        own = call.q, call.k, call.g, call.beta, g, a, b, q, k, k_out, ends, fades, *steps, *steps_of(call.g)
-        shared = *steps_of(call.beta), *call.sizes, *common[:3], keep, *common[3:]
-        launch(pairs, programs, (*own, *shared), num_warps=call.tile("pairs").warps, num_stages=1)
+        q_in = k_in = None
+        if not channels.takes(call):
+            q = q_in = call.like(*call.q.shape)
+            k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
+            k = k_in = None if call.beta is None else empty_like(k_out)
+        own = call.q, call.k, call.g, call.beta, g, a, b, q_in, k_in, k_out, ends, fades, *steps, *steps_of(call.g)
+        tile = call.tile("pairs")
+        shared = *steps_of(call.beta), *call.sizes, *common[:2], tile.columns, common[2], keep, *common[3:]
+        launch(pairs, programs, (*own, *shared), **tile.options)
     if solved is None and call.beta is not None:
         t, beta = call.like(*shape), call.new(*tokens)
         known = (None, None, None) if call.channels else (call.g, g, fades)

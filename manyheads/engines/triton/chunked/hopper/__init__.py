@@ -15,10 +15,12 @@ from manyheads.engines.triton.launch import INTERPRETED
 
 if MISSING is None:
     from manyheads.engines.triton.chunked.hopper.kernels import back as backs
+    from manyheads.engines.triton.chunked.hopper.kernels import fused as fuseds
     from manyheads.engines.triton.chunked.hopper.kernels import walk as walks
     from manyheads.engines.triton.hopper.launching import descriptor, kind_of
 
 if TYPE_CHECKING:  # it asks here how many segments there are
+    from manyheads.engines.triton.chunked.backward import Gradients
     from manyheads.engines.triton.chunked.call import Call, Prepared
 
 HALF = 64  # values of a state that a warp group holds
@@ -41,9 +43,14 @@ def takes_segments(call: Call) -> bool:
 
 
 def fits(call: Call) -> bool:
-    """What all kernels here ask for: two bytes for each number, and decays of whole steps."""
+    """What all kernels but those of channels.py ask for: two bytes for each number, and decays of whole steps."""
+    return narrow(call) and not call.channels
+
+
+def narrow(call: Call) -> bool:
+    """Whether it is a Hopper's, and has two bytes for each number."""
     same = call.q.dtype == call.k.dtype == call.v.dtype
-    return _hopper(call.q.device) and same and call.q.element_size() == 2 and not call.channels
+    return _hopper(call.q.device) and same and call.q.element_size() == 2
 
 
 def _hopper(device: torch.device) -> bool:
@@ -94,6 +101,27 @@ def back(
         call.v_head_dim, BACK_STAGES, made.g is not None, made.t is not None,
     )  # fmt: skip
     return quick.launch(backs.back, _programs(call, local), own, **OPTIONS)
+
+
+def takes_fused(call: Call) -> bool:
+    """Whether `fused` has what a call needs. What is written has to have float32's range: dbeta is of u / beta."""
+    wide = call.head_dim == call.v_head_dim == 2 * HALF
+    return takes(call) and wide and (call.beta is None or call.q.dtype == torch.bfloat16)
+
+
+def fused(
+    call: Call, made: Prepared, starts: Tensor | None, u: Tensor, states: Tensor, do: Tensor, found: Gradients
+) -> None:
+    """`back` and `gradients` at once, into `found`. starts: as in backward.back. u: v where writes add. states: those
+    before each chunk."""
+    chunk, half = call.chunk, _half(do, call.chunk)
+    own = (
+        descriptor(call.q, chunk), descriptor(call.k, chunk), half, *_sides(call, made), _half(u, chunk),
+        _states(call, states), _half(found.v, chunk), descriptor(found.q, chunk), descriptor(found.k, chunk), starts,
+        found.state, found.g, found.beta, call.heads, call.group, *_spans(call, None), call.kv_len, call.scale,
+        call.v_head_dim, BACK_STAGES, made.g is not None, made.t is not None,
+    )  # fmt: skip
+    quick.launch(fuseds.fused, _programs(call, None), own, **OPTIONS)
 
 
 def _spans(call: Call, local: Added | None) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
     dq_i += sum_j dA_ij F_ij k_j,    dk_i += sum_j dB_ij F_ij k_j,    dk_j += sum_i F_ij (dA_ij q_i + dB_ij k_i)
 
 with F_ij = e^(G_i - G_j), a number for each channel, and as kernels/pairs.py has it: a product of matrices where decays
-are moderate, else, in a launch of its own, in blocks of 16. Channels do not mix, so a program has BK of them.
+are moderate, else, in a launch of its own, halves that meet. Channels do not mix, so a program has BK of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from manyheads.engines.triton.chunked.kernels.common import LENGTHS, add_dot, dot, load, store
-from manyheads.engines.triton.chunked.kernels.pairs import SUB, moderate
+from manyheads.engines.triton.chunked.kernels.pairs import fade_to, halves, moderate
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -38,7 +38,7 @@ def inner(
     SUMS += chunk * C * D
     there = (columns < D)[None, :]
     end = tl.load(SUMS + (C - 1) * D + columns[None, :], mask=there, other=0.0)
-    if moderate(end, dtype == tl.float16) != MODERATE:
+    if moderate(tl.min(tl.min(end, 1), 0), dtype == tl.float16) != MODERATE:
         return
     DA += chunk * C * C
     if DB is not None:
@@ -61,9 +61,7 @@ def inner(
             minus = add_dot(tl.trans(db), (k * left).to(dtype), minus, SIMULATED)
         minus *= right
     else:
-        plus_q, plus_k, minus = _in_blocks(
-            sum_g, Q, K, SUMS, DA, DB, q_n, k_n, columns, first, kv_len, ahead, D, BK, C, UNIT, SIMULATED
-        )
+        plus_q, plus_k, minus = _by_halves(q, k, sum_g, SUMS, DA, DB, columns, D, BK, C, SIMULATED)
 
     same = tl.load(DA + tokens * (C + 1)).to(tl.float32)[:, None]  # a token and itself: nothing decays
     dq = load(DQ_PART + wide * q_len * D, D, q_first, q_len, columns, C, D) + plus_q + same * k
@@ -77,61 +75,26 @@ def inner(
 
 
 @triton.jit
-def _in_blocks(
-    sum_g, Q, K, SUMS, DA, DB, q_n, k_n, columns, first, kv_len, ahead, D: tl.constexpr, BK: tl.constexpr,
-    C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+def _by_halves(
+    q, k, sum_g, SUMS, DA, DB, columns, D: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """The three sums, in blocks of 16."""
-    q_first, q_len = first - ahead, kv_len - ahead
-    tokens, within = tl.arange(0, C), tl.arange(0, SUB)
-    there = (columns < D)[None, :]
-    dtype = K.dtype.element_ty
+    """The three sums, from halves that meet."""
+    tokens = tl.arange(0, C)
+    dtype = k.dtype
     plus_q = tl.zeros([C, BK], tl.float32)
     plus_k = tl.zeros([C, BK], tl.float32)
     minus = tl.zeros([C, BK], tl.float32)
-    for block in tl.static_range(C // SUB - 1):
-        # From the keys of a block to what comes behind it: both count from its end.
-        behind = (tokens >= (block + 1) * SUB)[:, None]
-        own = within + block * SUB
-        turn = tl.load(SUMS + (block * SUB + SUB - 1) * D + columns[None, :], mask=there, other=0.0)
-        own_g = tl.load(SUMS + own[:, None] * D + columns[None, :], mask=there, other=0.0)
-        keys = load(K, k_n * UNIT, first + block * SUB, kv_len, columns, SUB, D)
-        keys = (keys * tl.math.exp2(turn - own_g)).to(dtype)
-        left = tl.math.exp2(tl.where(behind, sum_g - turn, float("-inf")))
-        into = tokens[:, None] * C + own[None, :]
-        plus_q += dot(tl.load(DA + into, mask=behind, other=0.0), keys, SIMULATED) * left
+    square = tokens[:, None] * C + tokens[None, :]
+    for level in tl.range(0, 6 if C == 64 else 5):
+        fade = fade_to(sum_g, SUMS, level, columns, D, C)
+        keys = (k * fade).to(dtype)
+        meet = halves(tokens, level)
+        da = tl.where(meet, tl.load(DA + square), 0.0)
+        plus_q += dot(da, keys, SIMULATED) * fade
+        lost = dot(tl.trans(da), (q * fade).to(dtype), SIMULATED)
         if DB is not None:
-            plus_k += dot(tl.load(DB + into, mask=behind, other=0.0), keys, SIMULATED) * left
-        # From the next block to the keys before it, over the same point.
-        before = (tokens < (block + 1) * SUB)[:, None]
-        own = within + (block + 1) * SUB
-        own_g = tl.load(SUMS + own[:, None] * D + columns[None, :], mask=there, other=0.0)
-        rise = tl.math.exp2(own_g - turn)
-        left = tl.math.exp2(tl.where(before, turn - sum_g, float("-inf")))
-        into = tokens[:, None] + own[None, :] * C
-        asks = load(Q, q_n * UNIT, q_first + (block + 1) * SUB, q_len, columns, SUB, D)
-        given = dot(tl.load(DA + into, mask=before, other=0.0), (asks * rise).to(dtype), SIMULATED)
-        if DB is not None:
-            keys = load(K, k_n * UNIT, first + (block + 1) * SUB, kv_len, columns, SUB, D)
-            given = add_dot(tl.load(DB + into, mask=before, other=0.0), (keys * rise).to(dtype), given, SIMULATED)
-        minus += given * left
-
-    number = tokens % SUB
-    for n in tl.range(0, SUB):  # each token of a block and number n of it, in all blocks at once
-        other = tokens - number + n
-        at = first + other
-        asked = (at < kv_len)[:, None] & there
-        k_other = tl.load(K + at.to(tl.int64)[:, None] * (k_n * UNIT) + columns[None, :], mask=asked, other=0.0)
-        k_other = k_other.to(tl.float32)
-        q_at = at - ahead
-        asked = asked & (q_at >= 0)[:, None]
-        q_other = tl.load(Q + q_at.to(tl.int64)[:, None] * (q_n * UNIT) + columns[None, :], mask=asked, other=0.0)
-        q_other = q_other.to(tl.float32)
-        g_other = tl.load(SUMS + other[:, None] * D + columns[None, :], mask=there, other=0.0)
-        fade = tl.math.exp2(-tl.abs(sum_g - g_other))
-        plus_q += tl.load(DA + tokens * C + other, mask=number > n, other=0.0)[:, None] * k_other * fade
-        minus += tl.load(DA + other * C + tokens, mask=number < n, other=0.0)[:, None] * q_other * fade
-        if DB is not None:
-            plus_k += tl.load(DB + tokens * C + other, mask=number > n, other=0.0)[:, None] * k_other * fade
-            minus += tl.load(DB + other * C + tokens, mask=number < n, other=0.0)[:, None] * k_other * fade
+            db = tl.where(meet, tl.load(DB + square), 0.0)
+            plus_k += dot(db, keys, SIMULATED) * fade
+            lost = add_dot(tl.trans(db), keys, lost, SIMULATED)
+        minus += lost * fade
     return plus_q, plus_k, minus

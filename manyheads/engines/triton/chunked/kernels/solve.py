@@ -26,6 +26,7 @@ from manyheads.engines.triton.chunked.kernels.common import (
 )
 
 SUB = tl.constexpr(16)
+LEAST = tl.constexpr(2.0**-40)  # strength: a write so weak is lost beside any, and u / beta says what it lacked
 MIDDLE = tl.constexpr(1 + 1.5 * 2.0**-12)
 
 
@@ -127,6 +128,7 @@ def solve(
     tokens = tl.arange(0, C)
     at = first + tokens
     beta = tl.load(BETA + b * w_b + h * w_h + at.to(tl.int64) * w_n, mask=at < kv_len, other=0.0).to(tl.float32)
+    beta = tl.where((at < kv_len) & (tl.abs(beta) < LEAST), LEAST, beta)
     tl.store(STRENGTHS + chunk * C + tokens, beta)
     if B is None:
         K += (b * k_b + h // group * k_h) * UNIT

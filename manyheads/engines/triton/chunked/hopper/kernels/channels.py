@@ -1,0 +1,150 @@
+"""What the walks in Gluon share where each channel of the keys decays by itself.
+
+q, k and log decays come as they are. A warp group makes of them, chunk after chunk and in place, what the others
+multiply:
+
+    q e^(G - R), k e^(G - R)    where q and k were,    k e^(P - G)    where the decays were
+
+R and P are half of G_end for a channel whose decays are moderate, as kernels/pairs.py has it, else 0 and G_end; so
+G_end = R + P. A state, or its gradient, is multiplied by `scales` of each channel: by e^R where it meets q and k, by
+e^P before something is added, and by e^R behind that. Where all channels of a chunk are moderate, A is one product,
+which the same warp group makes; else `pairs` has left it in memory.
+"""
+
+from __future__ import annotations
+
+from manyheads.engines.triton.chunked.kernels import common, pairs
+from manyheads.engines.triton.hopper.names import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E, LEAST, LEAST_HALF = (gl.constexpr(x.value) for x in (common.LOG2E, pairs.LEAST, pairs.LEAST_HALF))
+PART = gl.constexpr(64)  # channels at a time: their decays' room takes all of the new keys
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def producer(
+    given, v0s, v1s, column, HALVES: gl.constexpr, QUERIES: gl.constexpr, BACKWARDS: gl.constexpr,
+    CORRECTS: gl.constexpr,
+):  # fmt: skip
+    """Values are of `v_head`."""
+    q_desc, k_desc, v_desc, t_desc, g_desc, ends_desc, beta_desc, slots, span, b, h, kv_head, v_head = given
+    qs, ks, gs, ends, ts, betas, _, full, _, free = slots
+    line, begin, stop, chunks = span
+    STAGES: gl.constexpr = ks.shape[0]
+    C: gl.constexpr = ks.shape[3]
+    D: gl.constexpr = ks.shape[4]
+    HALF: gl.constexpr = v0s.shape[4]
+    ROWS: gl.constexpr = (D * (2 if QUERIES else 1) + HALVES * HALF + (C if CORRECTS else 0)) * 2
+    DECAYS: gl.constexpr = D * (4 if gs.dtype == gl.float32 else 2)
+    BYTES: gl.constexpr = C * (ROWS + DECAYS + (4 if CORRECTS else 0)) + D * 4
+    for n in range(begin, stop):
+        step = n - begin
+        c = chunks - 1 - n if BACKWARDS else n
+        slot = step % STAGES
+        here = full.index(slot)
+        mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(here, BYTES)
+        tma_load(g_desc, [b, h, c * C, 0], here, gs.index(slot))
+        tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
+        tma_load(k_desc, [b, kv_head, c * C, 0], here, ks.index(slot))
+        if QUERIES:
+            tma_load(q_desc, [b, h, c * C, 0], here, qs.index(slot))
+        tma_load(v_desc, [b, v_head, c * C, column], here, v0s.index(slot))
+        if HALVES == 2:
+            tma_load(v_desc, [b, v_head, c * C, column + HALF], here, v1s.index(slot))
+        if CORRECTS:
+            tma_load(t_desc, [(line + c) * C, 0], here, ts.index(slot))
+            tma_load(beta_desc, [line + c, 0], here, betas.index(slot))
+
+
+@gluon.jit
+def keys_out(gs, ks, slot):
+    """k e^(P - G), where the decays were."""
+    return (
+        gs.index(slot)
+        ._reinterpret(ks.dtype, [1, 1, ks.shape[3], ks.shape[4]], ks.layout)
+        .reshape([ks.shape[3], ks.shape[4]])
+    )
+
+
+@gluon.jit
+def prepare(
+    slots, inner, A, span, scale, QUERIES: gl.constexpr, INNER: gl.constexpr, BACKWARDS: gl.constexpr,
+):  # fmt: skip
+    """INNER: and A' of each chunk, [keys, queries]; BACKWARDS scale A, [queries, keys]."""
+    qs, ks, gs, ends, _, _, scales, full, ready, free = slots
+    inners, inner_full, inner_free = inner
+    line, begin, stop, chunks = span
+    STAGES: gl.constexpr = ks.shape[0]
+    C: gl.constexpr = ks.shape[3]
+    D: gl.constexpr = ks.shape[4]
+    dtype: gl.constexpr = ks.dtype
+    layout: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [4, 1], [1, 0])
+    channels: gl.constexpr = gl.SliceLayout(0, layout)
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    BOUND: gl.constexpr = LEAST_HALF if dtype == gl.float16 else LEAST
+    zero = gl.full([C, C], 0.0, gl.float32, square)
+    row = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, square)), 1)
+    column = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, square)), 0)
+    for n in range(begin, stop):
+        step = n - begin
+        c = chunks - 1 - n if BACKWARDS else n
+        slot = step % STAGES
+        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        out = keys_out(gs, ks, slot)
+        k = ks.index(slot).reshape([C, D])
+        q = qs.index(slot).reshape([C, D])
+        decays = gs.index(slot).reshape([C, D])
+        low = 0.0
+        for part in gl.static_range(D // PART):
+            sums = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
+            sums = gl.associative_scan(sums, 0, _add)
+            end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(channels)
+            low = gl.minimum(low, gl.min(end, 0))
+            room = end >= BOUND
+            half = gl.where(room, 0.5 * end, 0.0)
+            whole = gl.where(room, half, end)
+            left = gl.exp2(sums - gl.expand_dims(half, 0))
+            right = gl.exp2(gl.expand_dims(whole, 0) - sums)
+            k_part = k.slice(part * PART, PART, dim=1)
+            keys = k_part.load(layout).to(gl.float32)
+            k_part.store((keys * left).to(dtype))
+            out.slice(part * PART, PART, dim=1).store((keys * right).to(dtype))
+            if QUERIES:
+                q_part = q.slice(part * PART, PART, dim=1)
+                q_part.store((q_part.load(layout).to(gl.float32) * left).to(dtype))
+            scales.index(2 * slot).slice(part * PART, PART).store(gl.exp2(half))
+            scales.index(2 * slot + 1).slice(part * PART, PART).store(gl.exp2(whole))
+        fence_async_shared()
+        mbarrier.arrive(ready.index(slot))
+        if INNER:
+            a = step % inners.shape[0]
+            if BACKWARDS:
+                later = warpgroup_mma(q, out.permute((1, 0)), zero, use_acc=False, is_async=True)
+                product = gl.where(column <= row, warpgroup_mma_wait(0, deps=[later]), 0.0)
+                place = row * C + column
+            else:
+                later = warpgroup_mma(out, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                product = gl.where(row <= column, warpgroup_mma_wait(0, deps=[later]), 0.0)
+                place = column * C + row
+            mbarrier.arrive(free.index(slot))
+            if low < BOUND:
+                product = gl.load(A + (line + c).to(gl.int64) * (C * C) + place).to(gl.float32)
+            if BACKWARDS:
+                product = product * scale
+            mbarrier.wait(inner_free.index(a), ((step // inners.shape[0]) & 1) ^ 1)
+            inners.index(a).store(product.to(dtype))
+            fence_async_shared()
+            mbarrier.arrive(inner_full.index(a))
