@@ -92,7 +92,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         for width in forward.TILINGS:
             keys, stages, deep = forward.tiling_for(form, width)
             boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
-            constants = {**common, "STAGES": stages, "sink": None, "DEEP": deep}
+            constants = {**common, "STAGES": stages, "sink": None, "DEEP": deep, "Q_STAGES": 1, "PARTS": 1}
             yield f"attend {name} {width}", lambda a=(forward.ATTEND, form, boxes, width, constants): compiled(*a)
             scored = form.program.has_score or name == "dropout"
             halves = [backward.HALVES_TILINGS[width]] if name == "causal" else []  # over blocks of 64 keys
@@ -107,11 +107,11 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
                     yield label, lambda a=(backward.KEYS, form, boxes, width, constants): compiled(*a)
             keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
             boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
-            constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
+            constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
             yield f"queries {name} {width}", lambda a=(backward.QUERIES, form, boxes, width, constants): compiled(*a)
 
 
-SMALL = ((1, 128), (64, 32))  # blocks of queries and keys that are no tiles
+SMALL = ((1, 128), (64, 32), (32, 2))
 
 
 def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -126,7 +126,7 @@ def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         sizes = {**common, "QUERY_BLOCK": query_block, "KEY_BLOCK": key_block}
         keys, stages, deep = forward.HALVES if halves and width < 256 else forward.TILINGS[width]
         boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
-        constants = {**sizes, "STAGES": stages, "sink": None, "DEEP": deep}
+        constants = {**sizes, "STAGES": stages, "sink": None, "DEEP": deep, "Q_STAGES": 1, "PARTS": 1}
         yield f"attend {label}", partial(compiled, forward.ATTEND, form, boxes, width, constants)
         tiling = backward.HALVES_TILINGS[width] if halves else backward.KEYS_TILINGS[width, True]
         boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
@@ -136,22 +136,56 @@ def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"keys {label}", partial(compiled, backward.KEYS, form, boxes, width, constants)
         keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
         boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
-        constants = {**sizes, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
+        constants = {**sizes, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
         yield f"queries {label}", partial(compiled, backward.QUERIES, form, boxes, width, constants)
+
+
+def gathered_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Hopper's whose tiles of keys are several blocks, for a causal mask."""
+    from manyheads.engines.triton.hopper import backward, forward, launching
+
+    form = form_of("causal")
+    common = {"MASKED": 2, "POSITIONS": False, "q_at": None, "kv_at": None, "NORMALISER": 0, "KIND": 2, "bits": None}
+    common |= {"QUERY_BLOCK": 0, "KEY_BLOCK": 0} | dict.fromkeys(launching.DROPOUT)
+    for key_block, width in product((64, 32), forward.TILINGS):
+        keys, stages, deep = forward.TILINGS[width]
+        if keys > key_block:
+            boxes: dict[str, Any] = {"q_desc": 64, "o_desc": 64} | dict.fromkeys(("k_desc", "v_desc"), (key_block, 64))
+            constants = {**common, "STAGES": stages, "sink": None, "DEEP": deep, "PARTS": keys // key_block}
+            constants["Q_STAGES"] = 1 if width > 128 else 2
+            yield (
+                f"attend of blocks of {key_block}, {width}",
+                partial(compiled, forward.ATTEND, form, boxes, width, constants),
+            )
+        keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
+        if keys > key_block:
+            boxes = dict.fromkeys(("q_desc", "do_desc", "dq_desc"), 64)
+            boxes |= dict.fromkeys(("k_desc", "v_desc"), (key_block, 64))
+            constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
+            constants["PARTS"] = keys // key_block
+            yield (
+                f"queries of blocks of {key_block}, {width}",
+                partial(compiled, backward.QUERIES, form, boxes, width, constants),
+            )
 
 
 def list_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     """What makes tables of lists of blocks: plain Triton."""
-    from manyheads.engines.triton.hopper.kernels import listing, uniting
+    from manyheads.engines.triton.hopper import selected
+    from manyheads.engines.triton.hopper.kernels import listing, turning, uniting
 
-    yield "mark", partial(tables, uniting.mark, {"SLOTS": 1024})
+    marked = dict(zip(("SLOTS", "ZEROS"), selected.MARKED, strict=True))
+    for along in (False, True):
+        yield f"mark{' along' if along else ''}", partial(tables, uniting.mark, {**marked, "ALONG": along}, 4)
+    yield "tiles of lists", partial(tables, listing.listing, {"SLOTS": 128, "STEP": selected.STEP})
+    own: dict[str, Any] = dict(zip(("WORDS", "SLOTS"), selected.TURNED, strict=True))
+    yield "tiles of lists turned", partial(tables, turning.turning, own)
     for turned in (False, True):
-        label = " turned" if turned else ""
-        yield f"tiles of lists{label}", partial(tables, listing.listing, {"SLOTS": 128, "TURNED": turned})
         for query_block, key_block in SMALL:
             sizes = {"QUERY_BLOCK": query_block, "KEY_BLOCK": key_block, "QUERIES": 128, "KEYS": 64}
-            constants = {**sizes, "SLOTS": 128, "TURNED": turned}
-            yield f"uniting{label} {query_block} {key_block}", partial(tables, uniting.uniting, constants)
+            constants = {**sizes, "SLOTS": 128, "ALONG": key_block <= selected.FEW, "TURNED": turned}
+            label = f"uniting{' turned' if turned else ''} {query_block} {key_block}"
+            yield label, partial(tables, uniting.uniting, constants)
 
 
 def round_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -169,22 +203,38 @@ def round_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"add rows {width}", partial(rounds, moving.add, sizes)
 
 
-def rounds(kernel: Any, constants: dict[str, Any]) -> Any:
+def token_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Over the blocks that tokens chose, for a group of 16 heads and blocks of 64 keys: plain Triton."""
+    from manyheads.engines.triton.hopper import tokens
+
+    for width, tilings in tokens.TILINGS.items():
+        for name, tiling in zip(("attend", "queries", "keys"), tilings, strict=True):
+            sizes: dict[str, Any] = {"dim": width, "v_dim": width, "DIM": width, "V_DIM": width, "CAUSAL": True}
+            sizes |= {"KEY_BLOCK": 64, "KEYS": tiling.keys}
+            here = {"HEADS": 16, "TOKENS": tiling.rows // 16, "SHARES": 4, "FAR": False}
+            sizes |= here if name == "keys" else {"ROWS": tiling.rows}
+            options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+            yield f"{name} of tokens {width}", partial(rounds, getattr(tokens.tokens, name), sizes, **options)
+
+
+def rounds(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     narrow = ("out", "x", "o", "own_o", "part_o", "parts") + (("own",) if kernel.__name__ == "add" else ())
-    whole = ("rows", "slots", "words", "sums", "numbers", "shifts", "indices", "counts")
-    types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(whole, "*i32")
-    types |= dict.fromkeys(("lse", "own_lse", "part_lse"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    narrow += ("q", "k", "v", "do", "dq")
+    whole = ("rows", "slots", "words", "sums", "numbers", "shifts", "indices", "counts", "listed", "begins")
+    types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(whole, "*i32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("lse", "own_lse", "part_lse", "top", "delta", "dk", "dv"), "*fp32")
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*u8" if name == "own" else "i32") for name in kernel.arg_names}
     given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     even = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in free)]
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     made = ASTSource(kernel, signature, given, aligned)
-    return compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, **options})
 
 
 def map_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -241,27 +291,30 @@ def mapped(mask: Callable[..., Any] | None, given: bool) -> Any:
 POINTERS = ("pointer", "least", "greatest")
 
 
-def tables(kernel: Any, constants: dict[str, Any]) -> Any:
+def tables(kernel: Any, constants: dict[str, Any], warps: int = 1) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = {"out": "*i32", "bits": "*i32", "listed": "*i32", "indices": "*i32", "counts": "*i32", "states": "*u8"}
+    types |= {"free": "*i32"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return compile(ASTSource(kernel, signature, given), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    return compile(ASTSource(kernel, signature, given), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-def compiled(kernel: Any, form: Any, boxes: dict[str, int], width: int, constants: dict[str, Any]) -> Any:
-    """boxes: rows of each descriptor's box; less than 0 for numbers of that many queries."""
+def compiled(kernel: Any, form: Any, boxes: dict[str, Any], width: int, constants: dict[str, Any]) -> Any:
+    """boxes: rows of each descriptor's box, or rows and columns; less than 0 for numbers of that many queries."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    def descriptor(rows: int) -> str:
-        block, kind, name = ([1, 1, rows, width], gl.bfloat16, "bf16") if rows > 0 else ([1, -rows], gl.float32, "fp32")
+    def descriptor(box: int | tuple[int, int]) -> str:
+        rows, columns = box if isinstance(box, tuple) else (box, width)
+        numbers = [1, -rows], gl.float32, "fp32"
+        block, kind, name = ([1, 1, rows, columns], gl.bfloat16, "bf16") if rows > 0 else numbers
         return f"tensordesc<{name}{block},{gl.NVMMASharedLayout.get_default_for(block, kind)!r}>".replace("'", "")
 
     source = form.program.source("gluon", kernel.functions)
@@ -490,15 +543,19 @@ def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     from manyheads.engines.triton.choosing import crossing, estimating, launches, sorting, weighing
 
     absent: dict[str, Any] = {"indices": None, "counts": None}
+    own: dict[str, Any]
     for width in (64, 128):
-        yield f"means {width}", partial(choosing, "means", "means", {"ROWS": 16, "D": width, "PD": width})
+        own = {"ROWS": launches.TILE // width, "D": width, "PD": width}
+        yield f"means {width}", partial(choosing, "means", "means", own)
     for blocks in BLOCKS:
-        own: dict[str, Any] = {"ROWS": max(1, launches.TILE // blocks), "COLUMNS": blocks, "FIRST": False}
+        rows = launches.held(blocks, launches.warps(blocks))
+        own = {"ROWS": rows, "COLUMNS": blocks, "LINE": launches.line_of(blocks), "FIRST": False}
         best, fewest = {**own, "share": None, "kept": None}, {**own, **absent}
         yield f"best of {blocks}", partial(choosing, "rows", "heaviest_of_rows", best)
         yield f"fewest of {blocks}", partial(choosing, "rows", "heaviest_of_rows", fewest)
         for name, shared in (("best", False), ("fewest", True)):
-            own = {"SHARE": shared, "D": 128, "PRECISION": "tf32x3", **launches.tile_of(blocks, 128)}
+            own = {"SHARE": shared, "COUNTED": not shared, "D": 128, "PRECISION": "tf32x3"}
+            own |= launches.tile_of(blocks, 128)
             yield f"{name} past of {blocks}", partial(choosing, "past", "past", own)
         tile = {"TOGETHER": 4, **weighing.window_tile_of(blocks, 4, 1, 4, 128), "PRECISION": "tf32x3"}
         yield f"windows of {blocks}", partial(choosing, "windows", "windows", tile)
@@ -568,6 +625,10 @@ def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
     )
     if module in weighing.OPTIONS:
         options = weighing.OPTIONS[module] | weighing.few(constants)
+    if module == "rows":
+        options = launches.rows_options(constants["COLUMNS"], "share" not in constants)
+    if module == "past":
+        options = launches.past_options(constants["COLUMNS"])
     if module == "low_bits":
         options = estimating.low_bits_options(torch.float8_e4m3fn)
     if module == "tournaments":
@@ -630,7 +691,7 @@ def check(only: str) -> dict[str, Any]:
     import triton
 
     rows: dict[str, Any] = {"triton": triton.__version__}
-    tables = *list_kernels(), *map_kernels(), *round_kernels()
+    tables = *list_kernels(), *map_kernels(), *round_kernels(), *token_kernels()
     hopper = [*hopper_kernels(), *small_kernels(), *tables] if only in ("hopper", "all") else []
     recurrences = *recurrence_kernels(), *walk_kernels(), *channel_kernels(), *fused_kernels(), *gradient_kernels()
     hopper += recurrences if only in ("recurrences", "all") else []

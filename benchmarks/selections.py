@@ -38,6 +38,7 @@ from sparse_peers import PEERS as OTHERS
 from sparse_peers import QUERIES, block_mask, causal
 from torch import Tensor
 
+from manyheads.core.builders import transposed
 from manyheads.core.checks import build_inputs
 from manyheads.core.choosing import block_means, products
 from manyheads.core.forms import Blocks, Scores, Selection
@@ -74,14 +75,14 @@ def pooled(q: Tensor, k: Tensor, block: int, kept: float, queries: int = QUERIES
     return liked(products(block_means(q, queries), block_means(k, block)), block, kept, queries)
 
 
-def selection(blocks: Blocks, block: int, queries: int = QUERIES) -> Selection:
-    """For these blocks; of the last queries and first heads it chooses the same."""
+def selection(blocks: Blocks, block: int, queries: int = QUERIES, together: bool = False) -> Selection:
+    """For these blocks; of the last queries and first heads it chooses the same. together: as Selection has it."""
 
     def select(q: Tensor, k: Tensor, *, scale: float, offset: int) -> Blocks:
         part = slice(None), slice(q.shape[1]), slice(offset // queries, None)
         return Blocks(blocks.indices[part], blocks.counts[part])
 
-    return Selection(select=select, scores=SCORES, query_block=queries, key_block=block)
+    return Selection(select=select, scores=SCORES, query_block=queries, key_block=block, together=together)
 
 
 def pairs(blocks: Blocks, block: int, queries: int = QUERIES) -> float:
@@ -147,7 +148,7 @@ def bench(
         return torch.randn(shape.batch, heads, shape.length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
 
     q, k, v = (leaf(n).requires_grad_() for n in (shape.heads, shape.kv_heads, shape.kv_heads))
-    do, form = leaf(shape.heads), selection(blocks, block, queries)
+    do, form = leaf(shape.heads), selection(blocks, block, queries, together=kept >= 1)
     last = torch.zeros_like(do)  # the part of do that `truth` knows
     last[:, : shape.heads // shape.kv_heads, -LAST:] = do[:, : shape.heads // shape.kv_heads, -LAST:]
     true, count = truth(form, q, k, v, last), 4 * pairs(blocks, block, queries) * shape.head_dim
@@ -210,6 +211,9 @@ def parts(
         calls["choosing_ms"] = partial(pooled, q, k, block, kept, form.query_block)
     if isinstance(chosen, hopper.rounds.Rounds):
         calls["ordering_ms"] = lambda: deque(hopper.rounds.ordered(form.scores, x, chosen), maxlen=0)
+    elif isinstance(chosen, hopper.tokens.Tokens):
+        own = chosen.blocks
+        calls["transposing_ms"] = partial(transposed, own.indices, own.counts, math.ceil(x.kv_len / block))
     else:
         table = partial(chosen.table_of, form.scores.program, x)
         tiling = backward.keys_tiling_of(form.scores, x, chosen)

@@ -227,12 +227,14 @@ class Selection(Form):
     offset + 1, ...; k [batch, kv_heads, kv_len, head_dim] at 0, 1, .... Block n of either side holds the positions
     n * block to (n + 1) * block - 1, and the first listed query block is offset // query_block. No gradient flows
     through the choice unless select lets it.
+    together: the lists of all heads that share a key head are the same.
     """
 
     select: Callable[..., Blocks]
     scores: Scores
     query_block: int
     key_block: int
+    together: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,4 +100,7 @@ def infllm_v2(
         )  # fmt: skip
         return Blocks(*(t.repeat_interleave(together, 1) for t in (blocks.indices, blocks.counts)))
 
-    return Selection(select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size)
+    return Selection(
+        select=select, scores=Scores(mask=lambda b, h, i, j: j <= i), query_block=1, key_block=block_size,
+        together=group is None,
+    )  # fmt: skip

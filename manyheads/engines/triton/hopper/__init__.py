@@ -13,9 +13,9 @@ from manyheads.engines.triton.blocks import is_hopper
 
 try:
     from manyheads.engines.triton import replay
-    from manyheads.engines.triton.hopper import backward, entmax, forward, rounds, selected, tables, top_k
+    from manyheads.engines.triton.hopper import backward, entmax, forward, rounds, selected, tables, tokens, top_k
     from manyheads.engines.triton.hopper.launching import NORMALISERS, UNIT, WIDTHS
-    from manyheads.engines.triton.hopper.rounds import Chosen
+    from manyheads.engines.triton.hopper.tokens import Chosen
 except (ImportError, AttributeError) as error:  # no triton, or one that renamed something
     if (getattr(error, "name", None) or "").startswith("manyheads"):
         raise
@@ -59,6 +59,8 @@ def why_no_lists(form: Selection, x: Inputs) -> str | None:
 
 def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
     """What `run` takes for the blocks that `form` chose for x, which why_no_lists let pass."""
+    if tokens.pay(form, x, blocks):
+        return tokens.chosen_of(form, x, blocks)
     if rounds.pay(form, x, blocks):
         return rounds.Rounds(blocks, form.query_block, form.key_block)
     return selected.chosen_of(form, x, blocks)
@@ -70,6 +72,8 @@ def run(form: Scores, x: Inputs, chosen: Chosen | None = None) -> tuple[Tensor, 
         return LEVELLED[form.normaliser].run(form, x)
     if isinstance(chosen, rounds.Rounds):
         return rounds.run(form, x, chosen)
+    if isinstance(chosen, tokens.Tokens):
+        return tokens.run(form, x, chosen)
     given = x.q, x.k, x.v, *x.operands.values()
     key = replay.key_of(form, x, given) if chosen is None else None
     return replay.replayed(
@@ -93,6 +97,8 @@ def gradients(
         return LEVELLED[form.normaliser].gradients(form, x, lse, do, needed)
     if isinstance(chosen, rounds.Rounds):
         return rounds.gradients(form, x, o, lse, do, dlse, needed, chosen)
+    if isinstance(chosen, tokens.Tokens):
+        return tokens.gradients(form, x, o, lse, do, dlse, needed, chosen)
     common = None if form.normaliser == "none" else o
     given = x.q, x.k, x.v, common, lse, do, dlse, *x.operands.values()
     key = replay.key_of(form, x, given, needed) if chosen is None else None
