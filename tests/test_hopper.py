@@ -53,8 +53,9 @@ FORMS = {
 @pytest.fixture
 def emulated(monkeypatch):
     modules = emulator.load(
-        "common", "listed", "dropping", "attend", "rows", "slopes", "keys", "queries", "brackets", "newton", "levels"
-    )
+        "common", "listed", "gathered", "several", "dropping", "softmax", "attend", "rows", "slopes", "keys", "queries",
+        "brackets", "newton", "levels",
+    )  # fmt: skip
 
     def run(kernel, programs, own, source, arguments):
         found = {} if source is None else emulator.functions(source.text)

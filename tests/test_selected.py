@@ -52,6 +52,7 @@ def use_emulated_lists(monkeypatch):
     uniting = emulator.load_plain("uniting")
     for name in ("mark", "uniting"):
         monkeypatch.setattr(selected.uniting, name, emulator.Kernel(getattr(uniting, name)))
+    monkeypatch.setattr(selected.turning, "turning", emulator.Kernel(emulator.load_plain("turning").turning))
 
 
 def selection(scores, x, query_block=128, key_block=128, share=0.5, seed=0, empty=False, shared=False):
@@ -133,6 +134,7 @@ def test_blocks_of_several_tiles(listed, query_block, key_block):
 
 
 SMALL = [(1, 128), (4, 192), (16, 64), (32, 32), (64, 16), (64, 256), (96, 128), (128, 32), (256, 16)]
+SMALL += [(32, 2), (96, 8), (4, 4)]  # whose words are of 32 key blocks
 
 
 @pytest.mark.parametrize(("query_block", "key_block"), SMALL)
@@ -146,13 +148,13 @@ def test_blocks_that_are_no_tiles(listed, query_block, key_block):
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 33), (129, 129), (65, 321), (130, 258)])
-@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (16, 32), (64, 128)])
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (16, 32), (64, 128), (16, 2)])
 def test_lengths_of_small_blocks(listed, query_block, key_block, lengths):
     x = inputs(*lengths, heads=2, kv_heads=1)
     check(selection(SCORES["causal"], x, query_block, key_block, share=0.3, empty=lengths[0] > 100), x)
 
 
-@pytest.mark.parametrize(("query_block", "key_block"), [(1, 128), (32, 32)])
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 128), (32, 32), (32, 2)])
 @pytest.mark.parametrize("dim", [128, 256])
 def test_sizes_of_small_blocks(listed, dim, query_block, key_block):
     x = inputs(200, 328, heads=2, kv_heads=1, dim=dim)
@@ -336,7 +338,7 @@ def rows_of(table, batch, heads, rows):
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.tuples(st.integers(1, 700), st.integers(0, 6)), batch=st.integers(1, 2), heads=st.integers(1, 3),
-    blocks=st.tuples(st.sampled_from([1, 16, 64, 96, 128, 256]), st.sampled_from([16, 32, 64, 128, 192, 256])),
+    blocks=st.tuples(st.sampled_from([1, 16, 64, 96, 128, 256]), st.sampled_from([2, 8, 16, 32, 64, 128, 192, 256])),
     name=st.sampled_from(list(SCORES)), share=st.sampled_from([0.0, 0.2, 0.6, 1.0]), seed=st.integers(0, 99),
     turned=st.booleans(), empty=st.booleans(), narrow=st.booleans(), slots=st.sampled_from([2, 16]),
     shared=st.booleans(),
@@ -354,6 +356,8 @@ def test_lists_against_brute_force(
     with pytest.MonkeyPatch.context() as patch:
         use_emulated_lists(patch)
         patch.setattr(selected, "SLOTS", slots)
+        patch.setattr(selected, "MARKED", (slots, 2 * slots))
+        patch.setattr(selected, "TURNED", (1, slots))
         chosen = chosen_of(form, x)
         found = chosen.table_of(form.scores.program, x, tile, {}, turned)
 
@@ -385,7 +389,7 @@ def test_lists_against_brute_force(
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (32, 16), (64, 128)])
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 64), (32, 16), (64, 128), (32, 4)])
 def test_one_block_alone(listed, query_block, key_block, turned):
     """A single pair of blocks has its tiles listed, in part; a single one that is missing makes its tiles partial."""
     x = inputs(256, 256, heads=1, kv_heads=1, dim=8)
@@ -461,12 +465,14 @@ def test_too_many_for_one_table(monkeypatch, listed):
         chosen_of(selection(SCORES["causal"], x), x).table_of(SCORES["causal"].program, x, (64, 128), {}, True)
 
 
-def test_tilings_fit_blocks():
+def test_tilings_fit_blocks(listed):
     x = inputs(128, 128, dim=128)
-    for key_block, keys, halves in ((64, 64, True), (128, 128, False), (192, 64, True), (256, 128, False)):
+    for key_block, keys, halves in ((64, 128, True), (128, 128, False), (192, 128, True), (256, 128, False)):
         chosen = chosen_of(selection(SCORES["causal"], x, key_block=key_block), x)
         assert forward.tiling_of(SCORES["causal"], x, chosen).keys == keys
         assert backward.keys_tiling_of(SCORES["causal"], x, chosen).halves == halves
+    united = chosen_of(selection(SCORES["causal"], x, query_block=64, key_block=64), x)
+    assert forward.tiling_of(SCORES["causal"], x, united).keys == 64
 
 
 # ---- the benchmark ----

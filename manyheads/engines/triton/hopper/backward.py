@@ -29,7 +29,7 @@ from manyheads.engines.triton.hopper.launching import (
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Tiles, bits_of
+from manyheads.engines.triton.hopper.selected import Tiles, bits_of, cut, parts_of
 from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
 
 FUNCTIONS = ("mask", "score", "dscore")
@@ -109,7 +109,7 @@ QUERIES = Kernel(
         "q_desc", "do_desc", "k_desc", "v_desc", "dq_desc", "top", "delta", "q_at", "kv_at", "table", *COUNTS, "scale",
         *DROPOUT, "bits", "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr",
         "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
-        *BLOCK_SIZES,
+        *BLOCK_SIZES, "PARTS: tl.constexpr",
     ),
     (*COUNTS, "threshold"), FUNCTIONS,
 )  # fmt: skip
@@ -162,10 +162,10 @@ class _Call:
         """A table's values and strides."""
         return self.top if table is None else table.values, *steps_of(table, (self.x.batch, self.x.heads, tiles))
 
-    def kinds(self, table: Table | None, sticks_out: bool) -> tuple[Any, ...]:
+    def kinds(self, table: Table | None, sticks_out: bool, parts: int = 1) -> tuple[Any, ...]:
         """What the compiler must know: the kind of table, and whether there are tiles to mask."""
         kind = EVERY if table is None else table.kind
-        found = masked(table, sticks_out, self.at[0], self.chosen)
+        found = masked(table, sticks_out, self.at[0], cut(self.chosen, parts))
         return kind, found, self.at[0] is not None, NORMALISERS[self.form.normaliser]
 
 
@@ -190,11 +190,14 @@ def _keys(call: _Call, tiling: KeysTiling, needs_dk: bool, needs_dv: bool) -> tu
 def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
     x, (keys, k_stages, v_stages, held) = call.x, tiling
     dq = quick.empty(x.q.shape, x.q.dtype, x.q.device)
-    tiles, table = cdiv(x.q_len, ROWS), call.table((ROWS, keys))
+    parts = parts_of(call.chosen, x, keys)
+    tiles, table = cdiv(x.q_len, ROWS), call.table((ROWS, keys // parts))
+    bits, *sizes = bits_of(call.chosen, parts)
     own = (
-        descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys), descriptor(x.v, keys),
-        descriptor(dq, ROWS // 2), call.top, call.delta, *call.at, *call.steps(table, tiles), *call.numbers,
-        call.bits, k_stages, v_stages, *call.kinds(table, x.kv_len % keys != 0), held, *call.block_sizes,
+        descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys, parts),
+        descriptor(x.v, keys, parts), descriptor(dq, ROWS // 2), call.top, call.delta, *call.at,
+        *call.steps(table, tiles), *call.numbers, bits, k_stages, v_stages,
+        *call.kinds(table, x.kv_len % keys != 0, parts), held, *sizes, parts,
     )  # fmt: skip
     QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
     return dq

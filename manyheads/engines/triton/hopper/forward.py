@@ -30,8 +30,8 @@ from manyheads.engines.triton.hopper.launching import (
     source_of,
     wide,
 )
-from manyheads.engines.triton.hopper.selected import Tiles, bits_of
-from manyheads.engines.triton.hopper.tables import EVERY, Table, steps_of
+from manyheads.engines.triton.hopper.selected import Tiles, bits_of, cut, parts_of
+from manyheads.engines.triton.hopper.tables import EVERY, LISTS, Table, steps_of
 
 QUERIES = 128  # in a tile: two warp groups of 64
 
@@ -53,7 +53,8 @@ LONG = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "erf"}
 
 def tiling_of(form: Scores, x: Inputs, chosen: Tiles | None = None) -> Tiling:
     found = tiling_for(form, wide(max(x.q.shape[3], x.v_head_dim)))
-    return HALVES if chosen is not None and chosen.halves and found.keys > HALVES.keys else found
+    united = chosen is not None and chosen.halves and parts_of(chosen, x, found.keys) == 1
+    return HALVES if united and found.keys > HALVES.keys else found
 
 
 def tiling_for(form: Scores, width: int) -> Tiling:
@@ -61,15 +62,31 @@ def tiling_for(form: Scores, width: int) -> Tiling:
     return HALVES if takes_long and width == 128 else TILINGS[width]
 
 
+SHARES = ("several", "each")
 ATTEND = Kernel(
     attend, "attend",
     (
         "q_desc", "k_desc", "v_desc", "o_desc", "lse", "sink", "q_at", "kv_at", "table", *STEPS, *SIZES, "scale",
-        *DROPOUT, "bits", "STAGES: tl.constexpr", "KIND: tl.constexpr", "MASKED: tl.constexpr",
-        "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr", *BLOCK_SIZES,
+        *DROPOUT, "bits", *SHARES, "Q_STAGES: tl.constexpr", "STAGES: tl.constexpr", "KIND: tl.constexpr",
+        "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "DEEP: tl.constexpr",
+        *BLOCK_SIZES, "PARTS: tl.constexpr",
     ),
-    (*STEPS, *SIZES, "threshold"), ("mask", "score"),
+    (*STEPS, *SIZES, "threshold", *SHARES), ("mask", "score"),
 )  # fmt: skip
+
+
+MOST, LEFT = 4, 528  # rows of tiles of one program; rows that are left for programs of one, four for each processor
+
+
+def shares(rows: int, kind: int, width: int) -> tuple[int, int, int]:
+    """Programs for so many rows of tiles, and SHARES, as kernels/several.py has them. There are four programs of many
+    rows for each processor or more, and the last rows are taken one by one by whoever is free. Where nothing is listed
+    rows are long, and wide ones leave no room for the next row's queries: programs have one."""
+    each = min(MOST, (rows - LEFT) // LEFT)
+    if kind < LISTS or width > 128 or each < 2:
+        return rows, 0, 1
+    several = (rows - LEFT) // each
+    return rows - several * (each - 1), several, each
 
 
 def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -84,22 +101,26 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Tiles | N
     operands = position_operands(form, x)
     plain = not (form.program.has_mask or form.program.has_score or x.ragged)
     source = None if plain else source_of(form, x, ("mask", "score"))
-    table = (chosen or tables).table_of(form.program, x, (QUERIES, keys), operands)
+    parts = parts_of(chosen, x, keys)
+    table = (chosen or tables).table_of(form.program, x, (QUERIES, keys // parts), operands)
     q, scale = x.q, float(x.scale)
     if scale <= 0 and not form.program.has_score:  # a masked score is -inf, and must be after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     kind, values, _ = table or Table(EVERY, lse)
-    bits, *sizes = bits_of(chosen)
+    bits, *sizes = bits_of(chosen, parts)
     shape = batch, heads, cdiv(q_len, QUERIES)
     at, starts, steps = places((x.q_positions, x.kv_positions), q_len, x.kv_len, q.device)
+    programs, *share = shares(math.prod(shape), kind, wide(max(x.q.shape[3], x.v_head_dim)))
     own = (
-        descriptor(q, QUERIES // 2), descriptor(x.k, keys), descriptor(x.v, keys), descriptor(o, QUERIES // 2), lse,
+        descriptor(q, QUERIES // 2), descriptor(x.k, keys, parts), descriptor(x.v, keys, parts),
+        descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        *dropping(x), bits, stages, kind, masked(table, x.kv_len % keys != 0, at[0], chosen), at[0] is not None,
-        NORMALISERS[form.normaliser], deep, *sizes,
+        *dropping(x), bits, *share, min(share[1], 2), stages, kind,
+        masked(table, x.kv_len % keys != 0, at[0], cut(chosen, parts)), at[0] is not None,
+        NORMALISERS[form.normaliser], deep, *sizes, parts,
     )  # fmt: skip
     arguments = () if source is None else source.arguments(x.q.device, **operands)
     with torch.cuda.device_of(q):
-        ATTEND.run(math.prod(shape), own, source, arguments)
+        ATTEND.run(programs, own, source, arguments)
     return o, lse

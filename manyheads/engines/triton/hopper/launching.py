@@ -82,12 +82,12 @@ def places(
     return (q, kv), (0, 0), (q_step, kv_step)
 
 
-def masked(table: Any, sticks_out: bool, at: Tensor | None, chosen: Any = None) -> int:
+def masked(table: Any, sticks_out: bool, at: Tensor | None, cut: bool = False) -> int:
     """MASKED, as in kernels/common.py. table: of tiles, sticks_out: the last of them, at: positions, if not ranges,
-    chosen: as in the forward pass."""
+    cut: as selected.cut has it."""
     if table is not None and not table.partial:
         return 2 if sticks_out else 0
-    return 2 if sticks_out or at is not None or chosen is not None else int(table is not None)
+    return 2 if sticks_out or at is not None or cut else int(table is not None)
 
 
 def dropping(x: Inputs) -> tuple[Tensor | None, int | None, float | None]:
@@ -98,8 +98,9 @@ def dropping(x: Inputs) -> tuple[Tensor | None, int | None, float | None]:
     return x.dropout.seed, threshold - 2**32 if threshold >= 2**31 else threshold, x.dropout.inflation
 
 
-def descriptor(x: Tensor, rows: int) -> quick.Box:
-    """x [batch, heads, len, head_dim] in boxes of `rows` of one head. What the hardware cannot step over is copied."""
+def descriptor(x: Tensor, rows: int, parts: int = 1) -> quick.Box:
+    """x [batch, heads, len, head_dim] in boxes of `rows` of one head; parts: of a part of them, and of 64 columns. What
+    the hardware cannot step over is copied."""
     shape, strides = x.shape, x.stride()
     if 1 in shape[:3]:  # a step that is never taken may be any, and the hardware wants a multiple of 16 bytes
         strides = *(s if n > 1 else shape[3] for n, s in zip(shape[:3], strides[:3], strict=True)), strides[3]
@@ -107,7 +108,7 @@ def descriptor(x: Tensor, rows: int) -> quick.Box:
     if last != 1 or x.data_ptr() % 16 or (b | h | n) % UNIT or not (b and h and n):
         x = x.clone(memory_format=torch.contiguous_format)
         strides = x.stride()
-    return quick.Box(x, shape, strides, kind_of((1, 1, rows, wide(shape[3])), x.dtype))
+    return quick.Box(x, shape, strides, kind_of((1, 1, rows // parts, wide(shape[3]) if parts == 1 else 64), x.dtype))
 
 
 @cache

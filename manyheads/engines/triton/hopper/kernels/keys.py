@@ -118,8 +118,8 @@ def _consumer(
     zero = gl.full([ROWS, QUERIES], 0.0, gl.float32, s_layout)
     if DK:
         dk = gl.full([ROWS, DIM], 0.0, gl.float32, k_layout)
-        if LATE:
-            ds16 = gl.convert_layout(gl.full([ROWS, QUERIES], 0.0, dtype, s_layout), ds_layout)
+        if LATE:  # as integers: pairs of 16-bit floats that a loop carries are turned round twice in each step
+            held = gl.convert_layout(gl.full([ROWS, QUERIES], 0, gl.int16, s_layout), ds_layout)
     if DV:
         dv = gl.full([ROWS, V_DIM], 0.0, gl.float32, v_layout)
     lines = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
@@ -153,7 +153,8 @@ def _consumer(
             if DK:
                 dp_later = warpgroup_mma(v2, do.permute((1, 0)), zero, use_acc=False, is_async=True)
                 if LATE:
-                    dk_later = warpgroup_mma(ds16, qs.index(before).reshape([QUERIES, DIM]), dk, is_async=True)
+                    q_before = qs.index(before).reshape([QUERIES, DIM])
+                    dk_later = warpgroup_mma(held.to(dtype, bitcast=True), q_before, dk, is_async=True)
             s = warpgroup_mma_wait((2 if LATE else 1) if DK else 0, deps=[s_later])
             i = positions_of(q_start, q_at, q_at_step, b, tile * QUERIES, columns, q_len, 0, POSITIONS)
             inside = seen_of(j, i, tile * QUERIES + columns, q_start, q_len, POSITIONS)
@@ -182,7 +183,9 @@ def _consumer(
                     dp = gl.where(keep, dp, 0.0) * inflation
                 ds = through(slope, weight, dp, deltas.index(c).load(s_layout), NORMALISER)
                 ds16 = gl.convert_layout(ds.to(dtype), ds_layout)
-                if not LATE:
+                if LATE:
+                    held = ds16.to(gl.int16, bitcast=True)
+                else:
                     dk_later = warpgroup_mma(ds16, qs.index(a).reshape([QUERIES, DIM]), dk, is_async=True)
             if DV:
                 dv = warpgroup_mma_wait(0 if LATE or not DK else 1, deps=[dv_later])
@@ -196,7 +199,7 @@ def _consumer(
         if LATE:  # noqa: SIM102  one is known to the compiler, the other is not
             if step > 0:
                 last = qs.index((step - 1) % Q_STAGES).reshape([QUERIES, DIM])
-                dk_later = warpgroup_mma(ds16, last, dk, is_async=True)
+                dk_later = warpgroup_mma(held.to(dtype, bitcast=True), last, dk, is_async=True)
                 dk = warpgroup_mma_wait(0, deps=[dk_later])
         k2.store((dk * scale).to(dtype))
     if DV:

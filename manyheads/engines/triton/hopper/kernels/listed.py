@@ -1,16 +1,21 @@
 """Which pairs are listed where blocks are no tiles: a bit for each query block and key block says so, see uniting.py.
-Without `bits` all are."""
+Without `bits` all are. Words are of 32 query blocks, or of 32 key blocks where these are FEW keys and less."""
 
 from __future__ import annotations
 
 from manyheads.engines.triton.hopper.names import gl, gluon
+
+FEW = gl.constexpr(8)
 
 
 @gluon.jit
 def words_of(q_len, q_start, kv_len, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr):
     """How many a head has."""
     chunks = ((q_len + 127) // 128 * 128 - 1 + q_start % QUERY_BLOCK) // (32 * QUERY_BLOCK) + 1
-    return chunks.to(gl.int64) * ((kv_len + KEY_BLOCK - 1) // KEY_BLOCK)
+    if KEY_BLOCK <= FEW:
+        return chunks.to(gl.int64) * 32 * ((kv_len + 32 * KEY_BLOCK - 1) // (32 * KEY_BLOCK))
+    else:
+        return chunks.to(gl.int64) * ((kv_len + KEY_BLOCK - 1) // KEY_BLOCK)
 
 
 @gluon.jit
@@ -21,6 +26,11 @@ def listed_of(
     word: row, and the first query's place in its block, are multiples of 32. To be asked for early, as it is loaded."""
     if bits is None:
         return places
+    elif KEY_BLOCK <= FEW:
+        words = (kv_len + 32 * KEY_BLOCK - 1) // (32 * KEY_BLOCK)
+        own = bits + gl.minimum(key // (32 * KEY_BLOCK), words - 1)
+        found = gl.load(own + (row + q_start % QUERY_BLOCK + places) // QUERY_BLOCK * words)
+        return found >> (key // KEY_BLOCK % 32)
     else:
         first = row + q_start % QUERY_BLOCK
         blocks = (kv_len + KEY_BLOCK - 1) // KEY_BLOCK

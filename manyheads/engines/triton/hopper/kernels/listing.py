@@ -8,41 +8,30 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "rows", "there", "row_blocks", "per_row", "row_shift", "tiles", "per_block", "shift", "last", "width",
-        "states_batch", "states_head",
+        "heads", "rows", "row_blocks", "per_row", "row_shift", "tiles", "per_block", "last", "width", "states_batch",
+        "states_head",
     ]
 )  # fmt: skip
 def listing(
-    out, listed, counts, states, heads, rows, there, row_blocks, per_row, row_shift, tiles, per_block, shift, last,
-    width, states_batch, states_head, SLOTS: tl.constexpr, TURNED: tl.constexpr,
+    out, listed, counts, states, heads, rows, row_blocks, per_row, row_shift, tiles, per_block, last, width,
+    states_batch, states_head, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one row: how many, then 2 * tile + partial for each, ascending. Grid: rows * heads * batch.
 
-    Row r is part of block (r + row_shift) // per_row of its side, one of row_blocks; rows from `there` on are empty. A
-    listed block of the other side is per_block tiles, from block * per_block - shift on; of them 0 to tiles - 1 exist,
-    and tile `last` sticks out. states: uint8 [batch | 1, heads | 1, there, tiles], what the mask makes of them; None if
-    it allows all.
-
-    listed, counts: the lists [batch, heads, row_blocks, width] and how many of each are meant. out: LISTS.
-    TURNED: rows are keys. listed: query blocks, ordered by head, the key block that they list and themselves; counts:
-    where those of each key block begin, and where the last ones end. out: JUMPS.
+    Row r is part of query block (r + row_shift) // per_row of row_blocks. A listed key block is per_block tiles, of
+    which 0 to tiles - 1 exist, and tile `last` sticks out. states: uint8 [batch | 1, heads | 1, rows, tiles], what the
+    mask makes of them; None if it allows all. listed, counts: the lists [batch, heads, row_blocks, width] and how many
+    of each are meant. out: LISTS, with entries for a tile behind the last one, where there is nothing, up to the next
+    multiple of STEP.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid % rows
     head = pid // rows
     block = (row + row_shift) // per_row
     at = head * row_blocks + block
-    if TURNED:
-        first = tl.load(counts + at).to(tl.int64)
-        # The last row may be beyond all blocks.
-        size = (tl.load(counts + at + tl.where(block < row_blocks, 1, 0)).to(tl.int64) - first) * per_block
-        line = tl.num_programs(0) + pid + first * per_block * per_row + (row + row_shift) % per_row * size
-        tl.store(out + pid, (line - pid).to(tl.int32))
-        size = tl.where(row < there, size, 0)
-    else:
-        first = at * width
-        size = tl.load(counts + at).to(tl.int64) * per_block
-        line = pid * (1 + tl.maximum(width, 1) * per_block)
+    first = at * width
+    size = tl.load(counts + at).to(tl.int64) * per_block
+    line = pid * (1 + (tl.maximum(width, 1) * per_block + STEP - 1) // STEP * STEP)
     if states is not None:
         states += head // heads * states_batch + head % heads * states_head + row * tiles
     number = tl.full([], 0, tl.int32)
@@ -50,8 +39,8 @@ def listing(
         slot = step + tl.arange(0, SLOTS)
         inside = slot < size
         found = tl.load(listed + first + slot // per_block, mask=inside, other=0).to(tl.int64)
-        tile = found * per_block - shift + slot % per_block
-        kept = inside & (tile >= 0) & (tile < tiles)
+        tile = found * per_block + slot % per_block
+        kept = inside & (tile < tiles)
         partial = tile == last
         if states is not None:
             state = tl.load(states + tile, mask=kept, other=0)
@@ -61,8 +50,9 @@ def listing(
         tl.store(out + place, (2 * tile + partial.to(tl.int64)).to(tl.int32), mask=kept)
         number += tl.sum(kept.to(tl.int32), 0)
     tl.store(out + line, number)
-    if not TURNED:
-        tl.store(out + line + 1, 1, mask=number == 0)  # which a kernel reads in any case
+    rest = tl.arange(0, STEP)  # a kernel reads whole steps, and one in any case
+    missing = (tl.maximum(number, 1) + STEP - 1) // STEP * STEP - number
+    tl.store(out + line + 1 + number + rest, 2 * tiles + 1, mask=rest < missing)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "row_step", "column_step", "last"])

@@ -3,8 +3,9 @@ issued with the first ones of the next. HELD: dO stays in registers."""
 
 from __future__ import annotations
 
-from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of, tile_of
+from manyheads.engines.triton.hopper.kernels.common import positions_of, row_of, seen_of
 from manyheads.engines.triton.hopper.kernels.dropping import kept, key_of
+from manyheads.engines.triton.hopper.kernels.gathered import keys_at, load_keys
 from manyheads.engines.triton.hopper.kernels.listed import listed_of, pairs_of, words_of
 from manyheads.engines.triton.hopper.kernels.slopes import through, weights
 from manyheads.engines.triton.hopper.names import (
@@ -23,7 +24,7 @@ from manyheads.engines.triton.hopper.names import (
 @gluon.jit
 def _producer(
     q_desc, do_desc, k_desc, v_desc, q0, q1, do0, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,
-    table, b, h, kv_head, row, n, lo, f0, f1, KIND: gl.constexpr,
+    table, b, h, kv_head, row, n, lo, PARTS: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     K_STAGES: gl.constexpr = ks.shape[0]
     V_STAGES: gl.constexpr = vs.shape[0]
@@ -37,15 +38,16 @@ def _producer(
     tma_load(do_desc, [b, h, row, 0], q_full, do0)
     tma_load(do_desc, [b, h, row + ROWS, 0], q_full, do1)
     for step in range(n):
-        tile, _ = tile_of(table, step, lo, f0, f1, KIND)
         a = step % K_STAGES
-        mbarrier.wait(k_free.index(a), ((step // K_STAGES) & 1) ^ 1)
-        mbarrier.expect(k_full.index(a), KEYS * DIM * 2)
-        tma_load(k_desc, [b, kv_head, tile * KEYS, 0], k_full.index(a), ks.index(a))
+        load_keys(
+            k_desc, b, kv_head, table, step, lo, k_full.index(a), k_free.index(a), ((step // K_STAGES) & 1) ^ 1,
+            ks.index(a), KEYS, DIM, PARTS, KIND,
+        )  # fmt: skip
         c = step % V_STAGES
-        mbarrier.wait(v_free.index(c), ((step // V_STAGES) & 1) ^ 1)
-        mbarrier.expect(v_full.index(c), KEYS * V_DIM * 2)
-        tma_load(v_desc, [b, kv_head, tile * KEYS, 0], v_full.index(c), vs.index(c))
+        load_keys(
+            v_desc, b, kv_head, table, step, lo, v_full.index(c), v_free.index(c), ((step // V_STAGES) & 1) ^ 1,
+            vs.index(c), KEYS, V_DIM, PARTS, KIND,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -54,7 +56,7 @@ def _consumer(
     table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step, scale,
     seed, threshold, inflation, bits, A, KIND: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
     MASK: gl.constexpr, MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
-    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     K_STAGES: gl.constexpr = ks.shape[0]
     V_STAGES: gl.constexpr = vs.shape[0]
@@ -84,8 +86,8 @@ def _consumer(
     if seed is not None:
         low, high = key_of(seed, b, h)
     for step in range(n):
-        tile, partial = tile_of(table, step, lo, f0, f1, KIND)
-        listed = listed_of(bits, lines, row, tile * KEYS, q_start, kv_len, KEYS, QUERY_BLOCK, KEY_BLOCK)
+        key, partial = keys_at(table, step, lo, f0, f1, columns, KEYS, PARTS, KIND)
+        listed = listed_of(bits, lines, row, key, q_start, kv_len, KEYS, QUERY_BLOCK, KEY_BLOCK)
         a = step % K_STAGES
         c = step % V_STAGES
         before = gl.maximum(step - 1, 0) % K_STAGES
@@ -97,8 +99,8 @@ def _consumer(
         dp_later = warpgroup_mma(do2, v_turned, zero, use_acc=False, is_async=True)
         dq_later = warpgroup_mma(ds16, ks.index(before).reshape([KEYS, DIM]), dq, is_async=True)
         s = warpgroup_mma_wait(2, deps=[s_later])
-        j = positions_of(kv_start, kv_at, kv_at_step, b, tile * KEYS, columns, kv_len, 0, POSITIONS)
-        inside = seen_of(i, j, tile * KEYS + columns, kv_start, kv_len, POSITIONS)
+        j = positions_of(kv_start, kv_at, kv_at_step, b, key, columns, kv_len, 0, POSITIONS)
+        inside = seen_of(i, j, key + columns, kv_start, kv_len, POSITIONS)
         inside = pairs_of(
             inside, listed[:, None], lines[:, None], columns[None, :], row, q_start, KEYS, QUERY_BLOCK, KEY_BLOCK
         )
@@ -133,14 +135,14 @@ def queries(
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, padded, scale,
     seed, threshold, inflation, bits, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, KIND: gl.constexpr,
     MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, HELD: gl.constexpr,
-    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr, PARTS: gl.constexpr,
     A, MASK: gl.constexpr, SCORE: gl.constexpr, DSCORE: gl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table, bits: as in the forward pass."""
+    """dQ of a tile of queries of one head. Grid: tiles * heads * batch. table, bits, PARTS: as in the forward pass."""
     ROWS: gl.constexpr = q_desc.block_shape[2]
-    KEYS: gl.constexpr = k_desc.block_shape[2]
-    DIM: gl.constexpr = k_desc.block_shape[3]
-    V_DIM: gl.constexpr = v_desc.block_shape[3]
+    KEYS: gl.constexpr = k_desc.block_shape[2] * PARTS
+    DIM: gl.constexpr = q_desc.block_shape[3]
+    V_DIM: gl.constexpr = do_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
     tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
     pid = gl.program_id(0)
@@ -153,6 +155,7 @@ def queries(
     table, n, lo, f0, f1 = row_of(table, kv_len // KEYS, (kv_len + KEYS - 1) // KEYS, KIND)
     if n < 0:  # nobody asks for these queries
         return
+    n = (n + PARTS - 1) // PARTS
     top += head_of_all.to(gl.int64) * padded
     delta += head_of_all.to(gl.int64) * padded
     if bits is not None:
@@ -161,8 +164,8 @@ def queries(
     q1 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, DIM], q_desc.layout)
     do0 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, V_DIM], do_desc.layout)
     do1 = gl.allocate_shared_memory(dtype, [1, 1, ROWS, V_DIM], do_desc.layout)
-    ks = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, KEYS, DIM], k_desc.layout)
-    vs = gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, KEYS, V_DIM], v_desc.layout)
+    ks = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, KEYS, DIM], q_desc.layout)
+    vs = gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, KEYS, V_DIM], do_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
@@ -181,17 +184,17 @@ def queries(
                 dq_desc, top, delta, q0, do0, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at, kv_at_step,
                 scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS, NORMALISER,
-                HELD, QUERY_BLOCK, KEY_BLOCK,
+                HELD, QUERY_BLOCK, KEY_BLOCK, PARTS,
             )),
             (_consumer, (
                 dq_desc, top, delta, q1, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,
                 table, b, h, row + ROWS, n, lo, f0, f1, q_len, kv_len, q_start, kv_start, q_at, q_at_step, kv_at,
                 kv_at_step, scale, seed, threshold, inflation, bits, A, KIND, SCORE, DSCORE, MASK, MASKED, POSITIONS,
-                NORMALISER, HELD, QUERY_BLOCK, KEY_BLOCK,
+                NORMALISER, HELD, QUERY_BLOCK, KEY_BLOCK, PARTS,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, q0, q1, do0, do1, q_full, ks, vs, k_full, k_free, v_full, v_free,
-                table, b, h, h // group, row, n, lo, f0, f1, KIND,
+                table, b, h, h // group, row, n, lo, PARTS, KIND,
             )),
         ],
         [4, 4],

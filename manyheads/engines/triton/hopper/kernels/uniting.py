@@ -1,4 +1,4 @@
-"""Blocks that are no tiles: a bit for each query block and key block, and the tiles that have one, in plain Triton."""
+"""A bit for each query block and key block, and, where these are no tiles, the tiles that have one, in plain Triton."""
 
 from __future__ import annotations
 
@@ -6,22 +6,39 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["entries", "width", "query_blocks", "chunks", "key_blocks"])
+@triton.jit(do_not_specialize=["front", "query_blocks", "width", "chunks", "columns"])
 def mark(
-    bits, indices, counts, entries, width, query_blocks, chunks, key_blocks, SLOTS: tl.constexpr
+    bits, free, indices, counts, front, query_blocks, width, chunks, columns, SLOTS: tl.constexpr,
+    ZEROS: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """bits: int32 [heads, chunks, key_blocks], all 0 before; bit m % 32 of word m // 32 says that query block m lists
-    the key block. Whoever sets a bit first, the words are the same. indices: the lists [heads, query_blocks, width],
-    entries in all. Grid: entries / SLOTS."""
-    entry = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
-    row = entry // width
-    meant = entry < entries
-    meant = meant & (entry % width < tl.load(counts + row, mask=meant, other=0))
-    listed = tl.load(indices + entry, mask=meant, other=0)
-    block = row % query_blocks
-    word = (row // query_blocks * chunks + block // 32) * key_blocks + listed
-    bit = tl.full([SLOTS], 1, tl.int32) << (block % 32).to(tl.int32)
-    tl.atomic_or(bits + word, bit, mask=meant, sem="relaxed")
+    """bits: int32 [heads, chunks, columns], bit m % 32 of word m // 32 says that query block m lists the key block; or,
+    ALONG the lists, [heads, 32 chunks, columns], bit n % 32 of word n // 32 that it lists key block n. indices: lists
+    [heads, query_blocks, width]. free: int32 [1] that becomes `front`, or None. Grid: heads * chunks, each program has
+    32 query blocks."""
+    ROWS: tl.constexpr = 32 if ALONG else 1
+    pid = tl.program_id(0).to(tl.int64)
+    own = bits + pid * ROWS * columns
+    for first in range(0, ROWS * columns, ZEROS):
+        word = first + tl.arange(0, ZEROS)
+        tl.store(own + word, tl.full([ZEROS], 0, tl.int32), mask=word < ROWS * columns)
+    if free is not None:
+        tl.store(free, front, mask=pid == 0)
+    tl.debug_barrier()
+    place = tl.arange(0, 32)
+    block = pid % chunks * 32 + place
+    row = pid // chunks * query_blocks + block
+    number = tl.load(counts + row, mask=block < query_blocks, other=0)
+    for first in range(0, tl.max(number, 0), SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        meant = slot[None, :] < number[:, None]
+        listed = tl.load(indices + row[:, None] * width + slot[None, :], mask=meant, other=0)
+        if ALONG:
+            word = place[:, None] * columns + listed // 32
+            bit = listed % 32
+        else:
+            word = listed
+            bit = tl.full([32, SLOTS], 0, tl.int32) + place[:, None]
+        tl.atomic_or(own + word, tl.full([32, SLOTS], 1, tl.int32) << bit, mask=meant, sem="relaxed")
 
 
 @triton.jit(
@@ -33,7 +50,7 @@ def mark(
 def uniting(
     out, bits, states, heads, rows, columns, q_len, kv_len, first, chunks, key_blocks, size, last, states_batch,
     states_head, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SLOTS: tl.constexpr, TURNED: tl.constexpr,
+    SLOTS: tl.constexpr, ALONG: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one row in which some query lists some key: how many, then 2 * tile + partial for each, ascending.
     Partial are those with a pair that is not listed, or that the mask must look at. Grid: rows * heads * batch.
@@ -61,7 +78,17 @@ def uniting(
         inside = (tile < columns) & (key < kv_len)
         some = tl.full([SLOTS], 0, tl.int64)
         others = tl.full([SLOTS], 0, tl.int64)
-        for part in tl.static_range(PARTS):
+        if ALONG:
+            begin = (query + first) // QUERY_BLOCK
+            end = (tl.minimum(query + QUERIES, q_len) - 1 + first) // QUERY_BLOCK
+            own = tl.full([SLOTS], (1 << PARTS) - 1, tl.int64) << (key // KEY_BLOCK % 32)
+            for block in range(0, (QUERIES - 1) // QUERY_BLOCK + 2):
+                exists = inside & (begin + block <= end)
+                at = bits + (begin + block) * key_blocks + key // (32 * KEY_BLOCK)
+                word = tl.load(at, mask=exists, other=0).to(tl.int64)
+                some = some | (word & own)
+                others = others | tl.where(exists, ~word & own, 0)
+        for part in tl.static_range(0 if ALONG else PARTS):
             block = key // KEY_BLOCK + part
             for group in tl.static_range(QUERIES // 32):
                 low = query + 32 * group
