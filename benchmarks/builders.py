@@ -7,7 +7,8 @@
 or the fewest that hold a share of the softmax (top-p); and always their own. A row is one builder, with milliseconds of
 each step and of attention over the lists that it made: pool (q and k are read once), choose, both by torch operations,
 table, turn (the transposed table), forward (table included) and backward (turn included). Where kernels are small the
-host's launches are most of that: pool, choose, table and turn are timed as CUDA graphs as well, which shares count.
+host's launches are most of that: pool, choose, table and turn are timed as CUDA graphs as well, and pool, choose and
+turn as one graph (together), which shares count.
 Lists are checked first: those of top-k equal those of torch operations where sums are exact, those of top-p are right
 for masses in float64.
 
@@ -195,7 +196,7 @@ def choice(shape: Shape, name: str, seconds: float) -> dict[str, Any]:
 
 # ---- rows ----
 
-GRAPHED = ("pool", "choose", "table", "turn")
+GRAPHED = ("pool", "choose", "table", "turn", "together")
 
 
 def bench(shape: Shape, block: int, name: str, share: float, seconds: float) -> dict[str, Any]:
@@ -227,14 +228,20 @@ def bench(shape: Shape, block: int, name: str, share: float, seconds: float) -> 
         "forward": torch.no_grad()(partial(run, q, k, v)),
         "backward": partial(torch.autograd.grad, o, leaves, do, retain_graph=True),
     }
+
+    def together() -> Any:
+        made = build(block_means(q, QUERIES), block_means(k, block), past, share)
+        own = selected.chosen_of(form, x, made)
+        return own.table_of(form.scores.program, x, (tiling.queries, 64 if tiling.halves else 128), {}, True)
+
+    calls["together"] = together
     ms = {f"{step}_ms": round(attention.measured(call, seconds)["median_ms"], 4) for step, call in calls.items()}
     for step in GRAPHED:
         spent = attention.graphed(calls[step], seconds)
         if spent is None:
             raise RuntimeError(f"{step} cannot be a CUDA graph")
         ms[f"{step}_graph_ms"] = round(spent, 4)
-    turn = ms["turn_graph_ms"]
-    before = ms["pool_graph_ms"] + ms["choose_graph_ms"] + turn
+    turn, before = ms["turn_graph_ms"], ms["together_graph_ms"]
     return {
         "kept": round(pairs(blocks, block) / (shape.batch * shape.heads * shape.length * (shape.length + 1) / 2), 4),
         **ms,

@@ -80,7 +80,7 @@ def attention(
     if q_positions is kv_positions is seed is None and not dropout:
         given = settings_and_operands if state is None else {**settings_and_operands, "state": state}
         key = _key(tensors, mechanism, engine, scale, (return_lse, return_state), given)
-    if (again := _KNOWN.get(key)) is not None and (made := again(tensors)) is not None:
+    if key is not None and (again := _KNOWN.get(key)) is not None and (made := again(tensors)) is not None:
         return made if return_lse or return_state else made[0]
     form, operands = _form(mechanism, settings_and_operands)
     x = build_inputs(form, q, k, v, scale, q_positions, kv_positions, state, operands, dropout, seed)

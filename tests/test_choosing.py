@@ -212,8 +212,11 @@ def check_rows(device: torch.device) -> None:
         likes = likes.masked_fill(torch.rand_like(likes) < 0.2, -torch.inf)
         likes = likes.masked_fill(torch.rand_like(likes) < 0.05, torch.inf)
         likes[0, 0], likes[0, 1, ::2], likes[0, 1, 1::2] = -torch.inf, -0.0, 0.0
+        pairs = torch.arange(n, device=device)
+        pairs = (pairs // 2 + pairs % 2 * 2.0**-12)[None]  # one and its neighbour are apart in their last bits alone
         for count in (1, 3, 200):
-            assert rows_of(*kernels.best(likes, count)) == rows_of(*picking.best(likes, count))
+            for x in (likes, pairs):
+                assert rows_of(*kernels.best(x, count)) == rows_of(*picking.best(x, count))
         assert kernels.heaviest(likes, None, 3, False).equal(picking.heaviest(likes, None, 3, False))
         mass = torch.randint(0, 20, (2, 9, n), device=device) / 64.0
         shares = torch.randint(0, 64, (2, 9, 1), device=device) / 64.0
@@ -321,9 +324,42 @@ def check_lists(device: torch.device) -> None:
         assert begins.equal(ends) and listed[: begins[-1]].equal(true[: begins[-1]]) and listed.shape == true.shape
 
 
+def check_cut(device: torch.device) -> None:
+    """Products of parts of the factors, as on a GPU."""
+    kernels = launches()
+    precision = kernels.PRECISION
+    kernels.PRECISION = "tf32x3"
+    try:
+        check_past(device)
+        check_strange(device)
+    finally:
+        kernels.PRECISION = precision
+
+
+def check_strange(device: torch.device) -> None:
+    """Rows of equal scores, of which the first are taken, and rows with what is no number: the same lists."""
+    kernels, rule = launches(), (4, 4, 80, 1, 0)
+    for strange in ("equal", "no query", "no key", "endless"):
+        q, k = torch.randn(1, 2, 20, 16, device=device), torch.randn(1, 1, 40, 16, device=device)
+        if strange == "equal":
+            q[:, :, ::2] = 0
+        elif strange == "no query":
+            q[:, 1, 3:8] = torch.nan
+        elif strange == "no key":
+            k[:, :, 33] = torch.nan  # which the later rows see
+        else:
+            q[..., 0], k[:, :, 5:30:7, 0] = 1.0, -torch.inf
+        for share, least in ((0.37, 0), (0.37, 5), (1.0, 0), (0.0, 2)):
+            found, true = (by.fewest_past(q, k, 0.3, share, least, *rule) for by in (kernels, picking))
+            assert rows_of(*found) == rows_of(*true), (strange, share, least)
+        found, true = (by.best_past(q, k, 6, *rule) for by in (kernels, picking))
+        assert strange in ("no query", "no key") or rows_of(*found) == rows_of(*true), strange
+
+
 CHECKS = {
     "means": check_means, "rows": check_rows, "long rows": check_long_rows, "past": check_past,
-    "stripes": check_stripes, "windows": check_windows, "lists": check_lists,
+    "strange": check_strange, "cut": check_cut, "stripes": check_stripes, "windows": check_windows,
+    "lists": check_lists,
 }  # fmt: skip
 
 
@@ -347,13 +383,15 @@ def interpreted(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels_in_the_interpreter(name):
-    interpret("test_choosing", f"interpreted({name!r})")
+    interpret(
+        "test_choosing", f"interpreted({name!r})", strict=name not in ("strange", "cut")
+    )  # numpy warns of what is no number
 
 
-# Words that a kernel spills, at most, with Triton 3.6 and 3.7.
-SPILLED = {"best past of 2048": 8, "fewest past of 256": 8, "windows of 2048": 4}
+# Words that a kernel spills, at most, with Triton 3.6 and 3.7; 3.6 none for the fewest past of 256.
+SPILLED = {"best past of 2048": 40, "fewest past of 256": 136, "windows of 2048": 48, "best of 1024": 12}
 FREE = [
-    "means 128", "best of 1024", "fewest of 2048", "measure", "parts", "stripes", "listing", "place", "masses",
+    "means 128", "fewest of 2048", "measure", "parts", "stripes", "listing", "place", "masses",
     "crossed",
 ]  # fmt: skip
 
@@ -363,7 +401,8 @@ def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
     made = compiled.read(dict(compiled.choosing_kernels())[name]())
     assert made.spilled <= SPILLED.get(name, 0) and made.shared <= compiled.LIMIT, made
-    assert made.registers <= 128 or "windows" not in name, "two programs fit on a multiprocessor"
+    if "past" in name or "windows" in name:
+        assert made.registers <= 128, "sixteen warps fit on a multiprocessor"
 
 
 # ---- on a GPU ----

@@ -17,3 +17,11 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     divisor = torch.where(total > 0, total, 1.0)
     o = (o_a * (w_a / divisor)[..., None] + o_b * (w_b / divisor)[..., None]).to(o_a.dtype)
     return o, torch.where(total > 0, safe + divisor.log(), -torch.inf)
+
+
+def merge_into(o: Tensor, lse: Tensor, o_b: Tensor, lse_b: Tensor) -> None:
+    """The same in place: o, wider than o_b, and lse become those of both. Not for gradients."""
+    both = torch.logaddexp(lse, lse_b)
+    safe = torch.where(both.isneginf(), 0.0, both)
+    o.mul_((lse - safe).exp()[..., None]).addcmul_(o_b, (lse_b - safe).exp()[..., None])
+    lse.copy_(both)

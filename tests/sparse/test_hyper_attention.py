@@ -76,3 +76,14 @@ def test_halves_down_to_single_keys(length, queries):
     q, k, v = (torch.randn(1, 2, n, 8) for n in (queries, length, length))
     o = attention(q, k, v, "hyper_attention", min_len=1, block_size=64)
     torch.testing.assert_close(o, attention(q, k, v, "causal"), rtol=1e-5, atol=1e-5)
+
+
+def test_what_nobody_differentiates_is_merged_as_it_comes():
+    """A query has eleven parts, which are not held together."""
+    tensors = *torch.randn(2, 1, 1, 4096, 4), torch.randn(1, 1, 4096, 128)
+    settings = {"min_len": 128, "block_size": 16, "samples": 16}
+    expected = attention(*(t.clone().requires_grad_() for t in tensors), "hyper_attention", **settings)
+    with Memory() as used:
+        o = attention(*tensors, "hyper_attention", **settings)
+    torch.testing.assert_close(o, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert used.peak < 8 * o.numel() * o.element_size()

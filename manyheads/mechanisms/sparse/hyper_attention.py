@@ -22,6 +22,7 @@ import torch
 
 from manyheads.core import Function, Law, mechanism
 from manyheads.core.builders import attended, from_blocks, hashed, in_order, to_blocks
+from manyheads.core.merge import merge_into
 
 
 def reference(q, k, v, *, block_size=256, samples=256, min_len=4096, projections=7, causal=True, draw=0):
@@ -123,11 +124,25 @@ def hyper_attention(
         return near, (o, lse + math.log(n / samples))
 
     def forward(q, k, v, *, scale):
-        queries, keys = range(k.shape[2] - q.shape[2], k.shape[2]), range(k.shape[2])
+        queries = range(k.shape[2] - q.shape[2], k.shape[2])
+        found = attentions(q, k, v, queries, scale)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):  # which hold all of them until the end
+            return weighed([[unstacked(x, at, queries, none) for x, none in both] for at, *both in found]).to(q.dtype)
+        lse = torch.full(q.shape[:3], -math.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        total = lse.new_zeros(*lse.shape, v.shape[3])
+        for ranges, *both in found:
+            for at, *part in zip(ranges, *(x.chunk(len(ranges)) for x, _ in both), strict=True):
+                rows = slice(at.start - queries.start, at.stop - queries.start)
+                merge_into(total[:, :, rows], lse[:, :, rows], *part)
+        return total.to(q.dtype)
+
+    def attentions(q, k, v, queries, scale):
+        """Ranges of queries, and o and lse of some keys for them, one range after the other in the batch, each with
+        what stands for no keys."""
+        keys = range(k.shape[2])
         g = directions(q.shape[-1], projections, draw).to(q.device, torch.promote_types(q.dtype, torch.float32))
         rank_q, rank_k = hashed(q, k, g)
         parts = list(halves(queries, keys, min_len)) if causal else [(queries, keys, False)]
-        found = []
         for group in alike(parts):
             i, j, _ = zip(*group, strict=True)
             of_q, of_k, (length, n, masked) = (i, queries), (j, keys), size_of(group[0])
@@ -137,14 +152,18 @@ def hyper_attention(
             else:
                 ranks = stacked(rank_q, *of_q), stacked(rank_k, *of_k)
                 made = hashed_pairs(*cut, *ranks, scale, [part.start for part in j for _ in q])
-            found += [(unstacked(o, *of_q, 0.0), unstacked(lse, *of_q, -math.inf)) for o, lse in made]
-        weights = torch.stack([lse for _, lse in found]).softmax(0)[..., None]
-        total = found[0][0] * weights[0]
-        for (o, _), weight in zip(found[1:], weights[1:], strict=True):
-            total = torch.addcmul(total, o, weight)
-        return total.to(q.dtype)
+            yield from ((i, (o, 0.0), (lse, -math.inf)) for o, lse in made)
 
     return Function(forward=forward)
+
+
+def weighed(found):
+    """o of all keys, of (o, lse) of disjoint sets of them."""
+    weights = torch.stack([lse for _, lse in found]).softmax(0)[..., None]
+    total = found[0][0] * weights[0]
+    for (o, _), weight in zip(found[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, o, weight)
+    return total
 
 
 def halves(queries, keys, min_len):

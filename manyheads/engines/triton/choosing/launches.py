@@ -19,12 +19,13 @@ from manyheads.engines.triton.hopper.kernels.uniting import mark
 from manyheads.engines.triton.launch import INTERPRETED
 
 LONGEST = 2**14  # a row in registers
-TILE = 2**11  # numbers in registers, where rows are shorter
+TILE = 2**12  # numbers in registers, where rows are shorter
+HELD, LINES = 32, 8  # numbers of rows that a thread has, and lines of a row of 128 to 1024
 LOOKED, TOGETHER = 2**14, 128  # entries of a longer row that a program looks at, and such chunks that it adds up
 MEASURED, KEPT = 256, 2048  # of these at a time
-PART, DIMS = 64, 32  # key blocks, and numbers of each, that are multiplied at a time
-AT_ONCE = 3  # programs on a multiprocessor
-MARKED = 1024  # entries of lists that a program marks
+ROWS, PART, DIMS = 16, 64, 32  # query blocks, key blocks, and numbers of each, that are multiplied at a time
+MARKED = 64, 1024  # entries of 32 lists that are marked at a time, and words that are set to 0
+AT_ONCE = 16  # warps of kernels/past.py on a multiprocessor
 PRECISION = "ieee" if INTERPRETED or torch.version.hip else "tf32x3"  # three products of parts of the bits
 
 
@@ -69,10 +70,11 @@ def _of_rows(
     least: int, first: bool,
 ) -> None:  # fmt: skip
     n, step = mass.shape[-1], 0 if share is None or share.numel() == 1 else 1
-    columns = power(n)
-    some, number = max(1, TILE // columns), math.prod(mass.shape[:-1])
-    arguments = mass, share, kept, indices, counts, number, n, width, step, least, first, some, columns
-    launch(heaviest_of_rows, cdiv(number, some), arguments, num_warps=warps(columns))
+    columns, number = power(n), math.prod(mass.shape[:-1])
+    some = held(columns, warps(columns))
+    tile = some, columns, line_of(columns)
+    arguments = mass, share, kept, indices, counts, number, n, width, step, least, first, *tile
+    launch(heaviest_of_rows, cdiv(number, some), arguments, **rows_options(columns, share is not None))
 
 
 def of_long_rows(mass: Tensor, share: Tensor | None, kept: Tensor, least: int, first: bool) -> None:
@@ -111,26 +113,51 @@ def _past(
     indices, counts = empty_lists(q, batch, heads, queries, width)
     tile = tile_of(n, dim)
     tiles = batch * heads * cdiv(queries, tile["ROWS"])
-    programs = min(tiles, AT_ONCE * multiprocessors(q.device))
+    options = past_options(tile["COLUMNS"])
+    programs = min(tiles, AT_ONCE // options["num_warps"] * multiprocessors(q.device))
     space = torch.empty(programs, tile["ROWS"], tile["COLUMNS"], dtype=torch.float32, device=q.device)
     query_block, key_block, offset, first, local = rule
     arguments = (
         q, k, space, indices, counts, tiles, heads, heads // kv_heads, queries, n, width, *q.stride()[:3], scale, share,
-        least, query_block, key_block, offset // query_block, first, local, shared, dim, *tile.values(), PRECISION,
+        least, query_block, key_block, offset // query_block, first, local, shared, not shared or least > 0, dim,
+        *tile.values(), PRECISION,
     )  # fmt: skip
-    launch(past_of, programs, arguments, num_warps=warps(tile["COLUMNS"]))
+    launch(past_of, programs, arguments, **options)
     return indices, counts
 
 
 def tile_of(key_blocks: int, dim: int) -> dict[str, int]:
     """The constants of kernels/past.py, in its order."""
-    columns = max(16, power(key_blocks))
-    rows = min(64, max(16, 2 * TILE // columns))
-    some = min(rows, max(1, TILE // columns))
+    columns, dims = max(16, power(key_blocks)), min(DIMS, max(16, power(dim)))
     return {
-        "DIMS": min(DIMS, max(16, power(dim))), "ROWS": rows, "SOME": some, "PART": min(PART, columns),
-        "COLUMNS": columns,
+        "DIMS": dims, "ROWS": ROWS, "SOME": min(ROWS, held(columns, warps(columns))), "PART": min(PART, columns),
+        "COLUMNS": columns, "LINE": line_of(columns),
     }  # fmt: skip
+
+
+def past_options(columns: int) -> dict[str, int]:
+    return {"num_warps": warps(columns), "num_stages": 2, **few()}
+
+
+def rows_options(columns: int, shared: bool) -> dict[str, int]:
+    """Few registers where they are enough."""
+    return {"num_warps": warps(columns), **({} if shared or columns > TILE else few())}
+
+
+def few() -> dict[str, int]:
+    """Registers so few that 16 warps fit on a multiprocessor of NVIDIA's."""
+    return {} if torch.version.hip else {"maxnreg": 128}
+
+
+def held(columns: int, warps: int) -> int:
+    """Rows in the registers of so many warps."""
+    return max(1, HELD * 32 * warps // columns)
+
+
+def line_of(columns: int) -> int:
+    """Numbers of a row, four to a thread, that as many threads as there are for it read at a time; see
+    kernels/rows.py."""
+    return min(columns, max(16, columns // LINES), 128)
 
 
 def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,11 +171,11 @@ def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
 def transposed(indices: Tensor, counts: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     batch, heads, query_blocks, width = indices.shape
     chunks, rows = cdiv(query_blocks, turning.BITS.value), batch * heads
-    sizes = rows * chunks * key_blocks, 1 + rows * key_blocks  # a 0 comes before all numbers
-    words, numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=indices.device).split(sizes)
+    words = torch.empty(rows * chunks * key_blocks, dtype=torch.int32, device=indices.device)
+    numbers = words.new_zeros(1 + rows * key_blocks)  # a 0 comes before all of them
     out = words.new_empty(indices.numel())
-    lists, entries = (words, indices.contiguous(), counts.contiguous()), indices.numel()
-    launch(mark, cdiv(entries, MARKED), (*lists, entries, max(1, width), query_blocks, chunks, key_blocks, MARKED))
+    sizes = 0, query_blocks, width, chunks, key_blocks, *MARKED, False
+    launch(mark, rows * chunks, (words, None, indices.contiguous(), counts.contiguous(), *sizes))
     programs = rows * cdiv(key_blocks, turning.COLUMNS)
     launch(turning.count, programs, (words, numbers[1:], chunks, key_blocks, turning.COLUMNS))
     begins = numbers.cumsum(0, dtype=torch.int32)
@@ -174,7 +201,7 @@ def power(n: int) -> int:
 
 def warps(columns: int) -> int:
     """So that a thread has 64 numbers of a row at most."""
-    return 4 if columns <= 2 * TILE else 8
+    return 4 if columns <= TILE else 8
 
 
 def launch(entry: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:

@@ -68,4 +68,4 @@ def from_blocks(x: Tensor, order: Tensor, places: Tensor, blocks: int, size: int
 
 def rows_of(x: Tensor) -> int:
     """Tokens that a program moves."""
-    return max(1, 2 * TILE // power(x.shape[3]))
+    return max(1, TILE // power(x.shape[3]))

@@ -18,7 +18,9 @@ from manyheads.engines.triton.choosing.launches import (
     TILE,
     empty_lists,
     fits,
+    held,
     launch,
+    line_of,
     power,
 )
 from manyheads.engines.triton.launch import INTERPRETED
@@ -82,14 +84,14 @@ def window_tile_of(key_blocks: int, step: int, overlap: int, together: int, dim:
     queries = max(1, 128 // members)
     return {
         "MEMBERS": members, "D": dim, "PD": max(16, power(dim)), "QUERIES": queries,
-        "SOME": min(queries, max(1, 2 * TILE // columns)), "STEP": step, "OVERLAP": overlap, "PART": PART,
-        "COLUMNS": columns,
+        "SOME": min(queries, held(columns, OPTIONS["windows"]["num_warps"])), "STEP": step, "OVERLAP": overlap,
+        "PART": PART, "COLUMNS": columns, "LINE": line_of(columns),
     }  # fmt: skip
 
 
 def few(tile: dict[str, Any]) -> dict[str, int]:
     """Registers so few that two programs of kernels/windows.py fit on a multiprocessor, where they are enough."""
-    able = "MEMBERS" in tile and tile["D"] <= 128 and tile["COLUMNS"] <= 4 * TILE and not torch.version.hip
+    able = "MEMBERS" in tile and tile["D"] <= 128 and tile["COLUMNS"] <= 2 * TILE and not torch.version.hip
     return {"maxnreg": 128} if able else {}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.choosing.kernels.rows import heaviest, ordered, store_lists
+from manyheads.engines.triton.choosing.kernels.rows import columns_of, heaviest, ordered, store_lists
 from manyheads.engines.triton.choosing.kernels.scores import in_halves, products
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,7 +44,8 @@ def windows(
     q, k, low, sizes, space, indices, counts, tiles, heads, group, queries, n, width, q_b, q_h, q_m, scale, count,
     kernel, stride, dense, key_block, offset, first, local, TOGETHER: tl.constexpr, MEMBERS: tl.constexpr,
     D: tl.constexpr, PD: tl.constexpr, QUERIES: tl.constexpr, SOME: tl.constexpr, STEP: tl.constexpr,
-    OVERLAP: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """indices int32 [batch, heads / TOGETHER, queries, width] and counts int32 [batch, heads / TOGETHER, queries] for q
     [batch, heads, queries, D] with these strides and the n windows k [batch, heads / group, n, D], float32, or float16
@@ -58,7 +59,7 @@ def windows(
     sets = heads // TOGETHER
     rows = tl.arange(0, QUERIES * MEMBERS)
     part = tl.arange(0, PART // STEP)
-    columns = tl.arange(0, COLUMNS)
+    columns = columns_of(COLUMNS // LINE, LINE)
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile = tiles - 1 - number
         which = (tile % (tiles // per_head)).to(tl.int64)
@@ -98,14 +99,16 @@ def windows(
         for some in range(0, QUERIES, SOME):
             row = some + tl.arange(0, SOME)
             i = offset + m + row
-            past = (columns[None, :] < tl.cdiv(i + 1, key_block)[:, None]) & (i >= 0)[:, None]
-            taken = past & ((columns[None, :] >= (i // key_block - local)[:, None]) | (columns < first)[None, :])
-            at_row = own + row[:, None] * COLUMNS + columns[None, :]
-            likes = tl.load(at_row, mask=past & (columns < written)[None, :], other=0.0)
-            reached = past & ((columns > 0) & (columns <= written))[None, :]
+            given = m + row < queries
+            end = tl.where(given & (i >= 0), tl.cdiv(i + 1, key_block), 0)[:, None, None]
+            past = columns < end
+            taken = past & ((columns >= (i // key_block - local)[:, None, None]) | (columns < first))
+            at_row = own + row[:, None, None] * COLUMNS + columns
+            likes = tl.load(at_row, mask=past & (columns < written), other=0.0)
+            reached = past & (columns > 0) & (columns <= written)
             likes = tl.maximum(likes, tl.load(at_row + QUERIES * COLUMNS - 1, mask=reached, other=0.0))
             order = tl.where(past, ordered(likes), 0).to(tl.uint32)
             order = tl.where(taken, 0xFFFFFFFF, order).to(tl.uint32)
-            kept = (heaviest(order, likes, 0.0, count, False) | (i < dense)[:, None]) & past
-            store_lists(kept, indices, counts, which * queries + m + row, m + row < queries, columns, width)
+            kept = heaviest(order, likes, columns, 0.0, count, False, True, 32) | (past & (i < dense)[:, None, None])
+            store_lists(kept, indices, counts, which * queries + m + row, given, columns, width)
         tl.debug_barrier()
