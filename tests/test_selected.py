@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -110,6 +111,17 @@ def check(form, x):
 def test_forms(listed, name, key_block):
     x = inputs(400, 400)
     check(selection(SCORES[name], x, key_block=key_block), x)
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(128, 128), (16, 32)])
+def test_lists_of_wide_numbers(listed, query_block, key_block):
+    """As Blocks.from_indices makes them; bits are int32, or the kernel that reads them does not compile."""
+    x = inputs(300, 300)
+    made = selection(SCORES["causal"], x, query_block, key_block)
+    blocks = choose(made, x)
+    wide = Blocks(blocks.indices.long(), blocks.counts.long())
+    assert selected.marked(wide, x, query_block, key_block).dtype == torch.int32
+    check(replace(made, select=lambda q, k, *, scale, offset: wide), x)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (7, 1)])

@@ -189,7 +189,7 @@ def marked(
     batch, heads, query_blocks, width = indices.shape
     rows = cdiv(x.q_len, QUERIES) * QUERIES + _first(x, query_block)
     chunks, columns = cdiv(rows, WORD * query_block), cdiv(x.kv_len, key_block * WORD if along else key_block)
-    bits = indices.new_empty(batch, heads, WORD * chunks if along else chunks, columns)
+    bits = indices.new_empty(batch, heads, WORD * chunks if along else chunks, columns, dtype=torch.int32)
     free, number = front
     arguments = bits, free, indices, counts, number, query_blocks, width, chunks, columns, *MARKED, along
     if batch * heads * chunks:
