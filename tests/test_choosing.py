@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -189,6 +190,8 @@ def test_kernels_are_called_directly_where_nobody_differentiates(monkeypatch):
     assert builders.block_means(x.detach(), 4, 0).equal(learned) and len(direct) == 1
     with torch.no_grad():
         assert builders.block_means(x, 4, 0).equal(learned) and len(direct) == 2
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert builders.block_means(x.detach(), 4, 0).equal(learned) and len(direct) == 2
     traced = torch.compile(lambda x: builders.block_means(x, 4, 0), backend="eager", fullgraph=True)
     assert traced(x.detach()).equal(learned) and len(direct) == 2
 

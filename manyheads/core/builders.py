@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from manyheads.core import crossing, lists, low_bits, picking, sorting, tournaments, within
 
@@ -17,8 +18,8 @@ RULE = "SymInt query_block, SymInt key_block, SymInt offset, SymInt first, SymIn
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """made: torch's, which torch.compile and gradients take. What needs neither is called directly: an operator takes a
-    GPU's host longer than a short kernel."""
+    """made: torch's, which torch.compile, gradients and who watches operators take. What needs none of it is called
+    directly: an operator takes a GPU's host longer than a short kernel."""
 
     made: Any
     function: Callable[..., Any]
@@ -26,7 +27,8 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if torch.compiler.is_compiling() or any(type(t) is not Tensor for t in tensors) or _learn(tensors):
+        watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        if watched or any(type(t) is not Tensor for t in tensors) or _learn(tensors):
             return self.made(*arguments)
         return self.kernels.get(tensors[0].device.type, self.function)(*arguments)
 

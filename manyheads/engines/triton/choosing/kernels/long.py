@@ -87,7 +87,7 @@ def narrow(
             at = (row * chunks + chunk)[:, None] * DIGITS + digit[None, :]
             there = (chunk < chunks)[:, None] & (digit <= VALUES)[None, :]
             number += tl.sum(tl.load(counts + at, mask=there, other=0), 0)
-            weight += tl.sum(tl.load(masses + at, mask=there, other=0.0), 0)
+            weight += tl.sum(tl.load(masses + at, mask=there & (digit > 0)[None, :], other=0.0), 0)  # of 0 is none
         enough = (number >= least) & (digit > 0) & (digit < VALUES)
         if share is not None:
             enough = enough & (weight >= tl.where(wanted < 1, wanted, float("inf")))  # a share of 1 is all

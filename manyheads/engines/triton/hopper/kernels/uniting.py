@@ -81,7 +81,8 @@ def uniting(
         if ALONG:
             begin = (query + first) // QUERY_BLOCK
             end = (tl.minimum(query + QUERIES, q_len) - 1 + first) // QUERY_BLOCK
-            own = tl.full([SLOTS], (1 << PARTS) - 1, tl.int64) << (key // KEY_BLOCK % 32)
+            parts = tl.maximum(tl.minimum(PARTS, (kv_len + KEY_BLOCK - 1) // KEY_BLOCK - key // KEY_BLOCK), 0)
+            own = ((tl.full([SLOTS], 1, tl.int64) << parts) - 1) << (key // KEY_BLOCK % 32)
             for block in range(0, (QUERIES - 1) // QUERY_BLOCK + 2):
                 exists = inside & (begin + block <= end)
                 at = bits + (begin + block) * key_blocks + key // (32 * KEY_BLOCK)
