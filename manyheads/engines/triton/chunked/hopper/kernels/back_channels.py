@@ -8,7 +8,13 @@ keys]. See channels.py for what R and P are, and walk_channels.py for the warp g
 from __future__ import annotations
 
 from manyheads.engines.triton.chunked.hopper.kernels.channels import keys_out, prepare, producer
-from manyheads.engines.triton.chunked.hopper.kernels.parts import place_of, remembered_from, turned
+from manyheads.engines.triton.chunked.hopper.kernels.parts import (
+    place_of,
+    remembered_from,
+    state_before,
+    turned,
+    work_of,
+)
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
     gl,
@@ -44,12 +50,7 @@ def _consumer(
     dtype: gl.constexpr = ks.dtype
     zero = gl.full([HALF, C], 0.0, gl.float32, layout)
     near, far, same = place_of(column, HALF, D, DV, s_layout)
-    if START is None:
-        S = gl.full([HALF, D], 0.0, gl.float32, s_layout)
-    else:
-        S = gl.load(START + near + far).to(gl.float32)
-    if other:
-        S += gl.where(same, 1.0, 0.0)
+    S = state_before(START, near, far, same, other)
     total = gl.full([D], 1.0, gl.float32, channels)
     for n in range(begin, stop):
         step = n - begin
@@ -146,16 +147,10 @@ def back_channels(
     HALVES: gl.constexpr = 1 if DV == HALF else 2
     TILES: gl.constexpr = DV // (HALVES * HALF)
     ALL: gl.constexpr = TILES if TRANSITION is None else TILES + 1
-    tile = gl.program_id(0) % ALL
+    tile, bh, b, h, segment, begin, stop = work_of(heads, segments, per, chunks, ALL)
     column = tile % TILES * (HALVES * HALF)
     other = tile == TILES  # a program for TRANSITION, [D, D], beside those for END; D is DV then
-    segment = gl.program_id(0) // ALL % segments
-    bh = gl.program_id(0) // ALL // segments
-    b = bh // heads
-    h = bh % heads
     line = bh * chunks
-    begin = segment * per
-    stop = gl.minimum(begin + per, chunks)
     kept_end = segment == segments - 1
     place = (bh * segments + segment).to(gl.int64)
     if START is not None:

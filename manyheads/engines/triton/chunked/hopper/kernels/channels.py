@@ -13,6 +13,7 @@ which the same warp group makes; else `pairs` has left it in memory.
 
 from __future__ import annotations
 
+from manyheads.engines.triton.chunked.hopper.kernels.parts import add
 from manyheads.engines.triton.chunked.kernels import common, pairs
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
@@ -26,11 +27,6 @@ from manyheads.engines.triton.hopper.names import (
 
 LOG2E, LEAST, LEAST_HALF = (gl.constexpr(x.value) for x in (common.LOG2E, pairs.LEAST, pairs.LEAST_HALF))
 PART = gl.constexpr(64)  # channels at a time: their decays' room takes all of the new keys
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -110,7 +106,7 @@ def prepare(
         low = 0.0
         for part in gl.static_range(D // PART):
             sums = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
-            sums = gl.associative_scan(sums, 0, _add)
+            sums = gl.associative_scan(sums, 0, add)
             end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(channels)
             low = gl.minimum(low, gl.min(end, 0))
             room = end >= BOUND

@@ -26,6 +26,7 @@ from manyheads.engines.triton.chunked.hopper.kernels.fused_walker import (
     U_FULL,
     walker,
 )
+from manyheads.engines.triton.chunked.hopper.kernels.parts import work_of
 from manyheads.engines.triton.hopper.names import (
     gl,
     gluon,
@@ -100,13 +101,8 @@ def fused(
     HALF: gl.constexpr = do_desc.block_shape[3]
     dtype: gl.constexpr = k_desc.dtype
     DECAYS: gl.constexpr = DG is not None
-    segment = gl.program_id(0) % segments
-    bh = gl.program_id(0) // segments
-    b = bh // heads
-    h = bh % heads
+    _, bh, b, h, segment, begin, stop = work_of(heads, segments, per, chunks, 1)
     line = bh * chunks
-    begin = segment * per
-    stop = gl.minimum(begin + per, chunks)
     kept_end = segment == segments - 1
     if START is not None:
         START += (bh * segments + segment).to(gl.int64) * (D * DV)

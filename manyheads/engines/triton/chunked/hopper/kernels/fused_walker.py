@@ -8,7 +8,7 @@ Where nothing is corrected dv is du. A chunk's A is made by one of them for both
 
 from __future__ import annotations
 
-from manyheads.engines.triton.chunked.hopper.kernels.parts import place_of, turned
+from manyheads.engines.triton.chunked.hopper.kernels.parts import place_of, state_before, turned
 from manyheads.engines.triton.hopper.names import (
     fence_async_shared,
     gl,
@@ -115,11 +115,8 @@ def walker(
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     zero = gl.full([HALF, C], 0.0, gl.float32, layout)
     tokens = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, layout)), 0)
-    near, far, _ = place_of(column, HALF, D, DV, s_layout)
-    if START is None:
-        S = gl.full([HALF, D], 0.0, gl.float32, s_layout)
-    else:
-        S = gl.load(START + near + far).to(gl.float32)
+    near, far, same = place_of(column, HALF, D, DV, s_layout)
+    S = state_before(START, near, far, same, None)
     if TURN == 0:
         _meet(slots, inners, bars, 0, scale, layout, GATED)
     for n in range(begin, stop):

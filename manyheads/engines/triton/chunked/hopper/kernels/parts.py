@@ -16,7 +16,7 @@ FORGOTTEN, SEEN = gl.constexpr(common.FORGOTTEN.value), gl.constexpr(common.SEEN
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
 
 
@@ -27,8 +27,32 @@ def remembered_from(FADES, chunks, begin, stop, BACKWARDS: gl.constexpr):
     there = at >= begin
     fades = gl.load(FADES + (chunks - 1 - at if BACKWARDS else at), mask=there, other=0.0)
     least = gl.where(gl.load(FADES + chunks) > 0.0, float("-inf"), FORGOTTEN)
-    gone = there & (gl.associative_scan(fades, 0, _add) < least)
+    gone = there & (gl.associative_scan(fades, 0, add) < least)
     return gl.max(gl.where(gone, at, begin), 0), gl.max(gone.to(gl.int32), 0) > 0
+
+
+@gluon.jit
+def work_of(heads, segments, per, chunks, ALL: gl.constexpr):
+    """What a program does, in a grid of ALL tiles for each segment of each head: its tile; the head, with its row and
+    by itself; the segment, and the chunks where it begins and stops."""
+    segment = gl.program_id(0) // ALL % segments
+    bh = gl.program_id(0) // ALL // segments
+    begin = segment * per
+    return gl.program_id(0) % ALL, bh, bh // heads, bh % heads, segment, begin, gl.minimum(begin + per, chunks)
+
+
+@gluon.jit
+def state_before(START, near, far, same, other):
+    """A consumer's part of a state before the first chunk, 0 where nothing was. The program for TRANSITION (`other`)
+    adds the identity: where v = 0, S is then what the segment makes of the state before it."""
+    if START is None:
+        S = gl.full(same.shape, 0.0, gl.float32, same.type.layout)
+    else:
+        S = gl.load(START + near + far).to(gl.float32)
+    if other is not None:  # noqa: SIM102  known when it is compiled
+        if other:
+            S += gl.where(same, 1.0, 0.0)
+    return S
 
 
 @gluon.jit
