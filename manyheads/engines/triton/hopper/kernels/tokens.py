@@ -13,6 +13,19 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def rows_of(x, x_b, x_h, x_n, b, head, token):
+    """Where a token's rows begin, one for each head."""
+    return x + b * x_b + token.to(tl.int64) * x_n + (head * x_h)[:, None]
+
+
+@triton.jit
+def tile_of(x, step, first, key, inside, column, size):
+    """Keys, or values, from `first` on; 0 for those that are not inside."""
+    at = x + first.to(tl.int64) * step + (key * step)[:, None] + column
+    return tl.load(at, mask=inside[:, None] & (column < size), other=0.0)
+
+
 @triton.jit(do_not_specialize=["width", "q_len", "kv_len", "start", "kv_heads", "group"])
 def attend(
     o, lse, q, k, v, indices, counts, width, q_len, kv_len, start, kv_heads, group, scale, q_b, q_h, q_n, k_b, k_h, k_n,
@@ -31,7 +44,7 @@ def attend(
     v_column = tl.arange(0, V_DIM)[None, :]
     head = h * group + row
     there = row < group
-    q_at = q + b * q_b + token.to(tl.int64) * q_n + (head * q_h)[:, None] + column
+    q_at = rows_of(q, q_b, q_h, q_n, b, head, token) + column
     q_tile = tl.load(q_at, mask=there[:, None] & (column < dim), other=0.0)
     k_at = k + b * k_b + h * k_h
     v_at = v + b * v_b + h * v_h
@@ -42,14 +55,8 @@ def attend(
     for c in range(0, tl.load(counts + line * q_len + token) * parts):
         first = tl.load(listed + c // parts) * KEY_BLOCK + c % parts * KEYS
         inside = first + key < kv_len
-        k_tile = tl.load(
-            k_at + first.to(tl.int64) * k_n + (key * k_n)[:, None] + column,
-            mask=inside[:, None] & (column < dim), other=0.0,
-        )  # fmt: skip
-        v_tile = tl.load(
-            v_at + first.to(tl.int64) * v_n + (key * v_n)[:, None] + v_column,
-            mask=inside[:, None] & (v_column < v_dim), other=0.0,
-        )  # fmt: skip
+        k_tile = tile_of(k_at, k_n, first, key, inside, column, dim)
+        v_tile = tile_of(v_at, v_n, first, key, inside, v_column, v_dim)
         s = tl.dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)
         if CAUSAL:
             inside = inside & (first + key <= start + token)
@@ -62,7 +69,7 @@ def attend(
         acc = acc * fade[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
         m = top
     divisor = tl.where(l > 0.0, l, 1.0)
-    o_at = o + b * o_b + token.to(tl.int64) * o_n + (head * o_h)[:, None] + v_column
+    o_at = rows_of(o, o_b, o_h, o_n, b, head, token) + v_column
     tl.store(o_at, acc / divisor[:, None], mask=there[:, None] & (v_column < v_dim))
     value = tl.where(l > 0.0, (m + tl.log2(divisor)) / LOG2E, float("-inf"))
     tl.store(lse + (b * kv_heads * group + head) * q_len + token, value, mask=there)
@@ -87,9 +94,9 @@ def queries(
     v_column = tl.arange(0, V_DIM)[None, :]
     head = h * group + row
     there = row < group
-    q_at = q + b * q_b + token.to(tl.int64) * q_n + (head * q_h)[:, None] + column
+    q_at = rows_of(q, q_b, q_h, q_n, b, head, token) + column
     q_tile = tl.load(q_at, mask=there[:, None] & (column < dim), other=0.0)
-    do_at = do + b * do_b + token.to(tl.int64) * do_n + (head * do_h)[:, None] + v_column
+    do_at = rows_of(do, do_b, do_h, do_n, b, head, token) + v_column
     do_tile = tl.load(do_at, mask=there[:, None] & (v_column < v_dim), other=0.0)
     number = (b * kv_heads * group + head) * padded + token
     level = tl.load(top + number, mask=there, other=float("inf"))
@@ -101,21 +108,15 @@ def queries(
     for c in range(0, tl.load(counts + line * q_len + token) * parts):
         first = tl.load(listed + c // parts) * KEY_BLOCK + c % parts * KEYS
         inside = first + key < kv_len
-        k_tile = tl.load(
-            k_at + first.to(tl.int64) * k_n + (key * k_n)[:, None] + column,
-            mask=inside[:, None] & (column < dim), other=0.0,
-        )  # fmt: skip
-        v_tile = tl.load(
-            v_at + first.to(tl.int64) * v_n + (key * v_n)[:, None] + v_column,
-            mask=inside[:, None] & (v_column < v_dim), other=0.0,
-        )  # fmt: skip
+        k_tile = tile_of(k_at, k_n, first, key, inside, column, dim)
+        v_tile = tile_of(v_at, v_n, first, key, inside, v_column, v_dim)
         s = tl.dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)
         if CAUSAL:
             inside = inside & (first + key <= start + token)
         p = tl.where(inside[None, :], tl.exp2(s - level[:, None]), 0.0)
         ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - common[:, None])
         acc += tl.dot(ds.to(k_tile.dtype), k_tile)
-    dq_at = dq + b * dq_b + token.to(tl.int64) * dq_n + (head * dq_h)[:, None] + column
+    dq_at = rows_of(dq, dq_b, dq_h, dq_n, b, head, token) + column
     tl.store(dq_at, acc * scale, mask=there[:, None] & (column < dim))
 
 
