@@ -235,6 +235,45 @@ def strong() -> None:
     print("done")
 
 
+def shut() -> None:
+    """Gates that are shut: log decays of -inf. Every other channel and token forgets all that was before."""
+    for name in STRONG:
+        form, n = FORMS[name](), 70
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, n, 16) for _ in range(3))
+        sizes = {"batch": 1, "heads": 2, "kv_heads": 2, "len": n, "head_dim": 16, "v_head_dim": 16}
+        operands = {m: torch.rand(o.shape(sizes)) for m, o in form.operands.items()}
+        operands["g"] = -operands["g"]
+        operands["g"].flatten()[::7] = -torch.inf
+        leaves = [*(t.requires_grad_() for t in (q, k, v)), *(t.requires_grad_() for t in operands.values())]
+        grads = {}
+        for engine, wide in ((triton, torch.float32), (eager, torch.float32), (None, torch.float64)):
+            of = {m: t.to(wide) for m, t in operands.items()}
+            if engine is None:
+                features = form.query_feature(q.to(wide)), form.key_feature(k.to(wide))
+                o = by_tokens(*features, v.to(wide), of["g"], of.get("beta"))
+            else:
+                o, _ = engine.run(form, build_inputs(form, q, k, v, 1.0, None, None, None, of))
+            grads[engine] = [o, *torch.autograd.grad(o.square().sum(), leaves)]
+        for engine in (triton, eager):
+            for found, true in zip(grads[engine], grads[None], strict=True):
+                error = (found - true).norm() / true.norm()
+                assert error < 1e-4, (name, engine, error)  # sums up to -5000: float32 has 5e-4 of one of them
+    print("done")
+
+
+def by_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+    state, found = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]), []
+    for t in range(k.shape[2]):
+        state = state * (g[:, :, t, :, None] if g.ndim == 4 else g[:, :, t, None, None]).exp()
+        u = v[:, :, t]
+        if beta is not None:
+            u = beta[:, :, t, None] * (u - (k[:, :, t, :, None] * state).sum(2))
+        state = state + k[:, :, t, :, None] * u[:, :, None]
+        found.append((q[:, :, t, :, None] * state).sum(2))
+    return torch.stack(found, 2)
+
+
 def grown() -> None:
     """What overwriting three times over has made long before decays make it short again shows behind them."""
     form = FORMS["delta and step"]()
@@ -404,7 +443,9 @@ def causal(name: str) -> bool:
 STRONG = ["step", "channel", "delta and step", "delta and channel"]
 
 
-@pytest.mark.parametrize("what", ["strong", "grown", "halves", "narrow", "single", "operators", "whole", "published"])
+@pytest.mark.parametrize(
+    "what", ["strong", "shut", "grown", "halves", "narrow", "single", "operators", "whole", "published"]
+)
 def test_in_the_interpreter(what):
     assert interpret("test_chunked", f"{what}()") == "done"
 

@@ -27,6 +27,10 @@ Base = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
 ]  # fmt: skip
 
+# A log decay below it, as that of a gate that is shut, is read as this by engines that sum log decays up: of it no
+# float32 is left in one token either, and differences of sums stay numbers.
+LEAST_DECAY = -177.0
+
 
 def recur(form: Recurrence, x: Inputs, base: Base, by_value: Base, *, columns: int = 1) -> tuple[Tensor, Tensor]:
     """o, and the state behind the last token.

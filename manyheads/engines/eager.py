@@ -18,7 +18,7 @@ from manyheads.core.eagerly import eagerly
 from manyheads.core.entmax import entmax
 from manyheads.core.forms import Form, Function, Recurrence, Scores, Selection, Sum
 from manyheads.core.inputs import Inputs
-from manyheads.core.recurrence import recur, to_heads
+from manyheads.core.recurrence import LEAST_DECAY, recur, to_heads
 from manyheads.core.rows import unseen
 from manyheads.core.sums import summed
 from manyheads.core.tiling import Chunk, chunks, position_operands, score
@@ -166,7 +166,7 @@ def _scan(
     ahead = k.shape[2] - q.shape[2]
     k, v = to_heads(k, q.shape[1]), to_heads(v, q.shape[1])
     q = torch.nn.functional.pad(q * scale, (0, 0, ahead, 0))  # the queries are the last ones: read those alone
-    g = g if g is None or g.ndim == 4 else g[..., None]
+    g = None if g is None else (g if g.ndim == 4 else g[..., None]).clamp(min=LEAST_DECAY)
     state = q.new_zeros(*q.shape[:2], k.shape[3], v.shape[3]) if state is None else state
     outputs = []
     size = 16 if g is not None and g.shape[3] > 1 else 64  # a vector decay holds size x size x channels numbers

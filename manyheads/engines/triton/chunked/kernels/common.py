@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from manyheads.core import recurrence
+
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_DECAY = tl.constexpr(recurrence.LEAST_DECAY * 1.4426950408889634)
 FORGOTTEN = tl.constexpr(-64.0)  # log2 of what is as nothing beside anything of like size, in float32
 SEEN = tl.constexpr(256)  # chunks before an end of which it is asked whether they are remembered
 LENGTHS = ["kv_len", "ahead", "heads", "segments", "per", "g_b", "g_h", "w_b", "w_h", "w_n"]  # compile nothing anew
@@ -81,11 +84,17 @@ def store_state(at, rows, columns, value, D: tl.constexpr, DV: tl.constexpr):
 
 
 @triton.jit
+def in_base_two(g):
+    """Log decays as they are summed: float32, and of -inf a number, as only differences of sums are exponentiated."""
+    return tl.maximum(g.to(tl.float32) * LOG2E, LEAST_DECAY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def decays(G, step, first, length, C: tl.constexpr):
     """G [C] from a log decay for each token."""
     rows = tl.arange(0, C)
     g = tl.load(G + (first + rows).to(tl.int64) * step, mask=rows < length - first, other=0.0)
-    return tl.cumsum(g.to(tl.float32) * LOG2E, 0)
+    return tl.cumsum(in_base_two(g), 0)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LENGTHS, LOG2E
+from manyheads.engines.triton.chunked.kernels.common import LENGTHS, in_base_two
 
 CHUNKS = 16  # of a program
 
@@ -20,7 +20,7 @@ def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS:
     b, h, wide = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64), bh.to(tl.int64)
     c = tl.program_id(0) % programs * CHUNKS + tl.arange(0, CHUNKS)
     at = c[:, None] * C + tl.arange(0, C)[None, :]
-    g = tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32) * LOG2E
+    g = in_base_two(tl.load(G + b * g_b + h * g_h + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0))
     tl.store(SUMS + wide * chunks * C + at, tl.cumsum(g, 1), mask=(c < chunks)[:, None])
     fades = tl.where(tl.max(g, 1) > 0.0, float("inf"), tl.sum(g, 1))
     FADES += wide * (chunks + 1)

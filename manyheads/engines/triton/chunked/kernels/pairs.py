@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import LOG2E, dot, end_of, fade_of, load, note_fade, store
+from manyheads.engines.triton.chunked.kernels.common import dot, end_of, fade_of, in_base_two, load, note_fade, store
 
 LEAST, LEAST_HALF = tl.constexpr(-120.0), tl.constexpr(-8.0)
 
@@ -60,7 +60,7 @@ def pairs(
     for n in tl.range(0, PD // BK):
         columns = n * BK + tl.arange(0, BK)
         there = (columns < D)[None, :]
-        g = load(G, g_n, first, kv_len, columns, C, D).to(tl.float32) * LOG2E
+        g = in_base_two(load(G, g_n, first, kv_len, columns, C, D))
         sum_g = tl.cumsum(g, 0)
         end = end_of(sum_g, C)
         if KEEP:
@@ -116,7 +116,7 @@ def _by_halves(
         columns = n * BK + tl.arange(0, BK)
         q = load(Q, q_n * UNIT, first - ahead, kv_len - ahead, columns, C, D)
         k = load(K, k_n * UNIT, first, kv_len, columns, C, D)
-        sum_g = tl.cumsum(load(G, g_n, first, kv_len, columns, C, D).to(tl.float32) * LOG2E, 0)
+        sum_g = tl.cumsum(in_base_two(load(G, g_n, first, kv_len, columns, C, D)), 0)
         tl.store(SUMS + tokens[:, None] * D + columns[None, :], sum_g, mask=(columns < D)[None, :])
         tl.debug_barrier()  # what other threads wrote to SUMS is read
         same = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)

@@ -16,11 +16,11 @@ import triton.language as tl
 
 from manyheads.engines.triton.chunked.kernels.common import (
     LENGTHS,
-    LOG2E,
     add_dot,
     decays,
     dot,
     fade_of,
+    in_base_two,
     load,
     note_fade,
 )
@@ -140,9 +140,9 @@ def solve(
             G += b * g_b + h * g_h
             sum_g = decays(G, g_n, first, kv_len, C)
             tl.store(SUMS + chunk * C + tokens, sum_g)
-            g = tl.load(G + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0).to(tl.float32)
+            g = in_base_two(tl.load(G + at.to(tl.int64) * g_n, mask=at < kv_len, other=0.0))
             size = tl.sum(tl.where(tokens[:, None] == tokens[None, :], above, 0.0), 0)
-            note_fade(FADES + bh.to(tl.int64) * (chunks + 1), chunks, c, fade_of(g * LOG2E, size, beta))
+            note_fade(FADES + bh.to(tl.int64) * (chunks + 1), chunks, c, fade_of(g, size, beta))
             earlier = tokens[:, None] < tokens[None, :]
             above *= tl.math.exp2(tl.where(earlier, sum_g[None, :] - sum_g[:, None], float("-inf")))
     else:

@@ -25,7 +25,8 @@ from manyheads.engines.triton.hopper.names import (
     warpgroup_mma_wait,
 )
 
-LOG2E, LEAST, LEAST_HALF = (gl.constexpr(x.value) for x in (common.LOG2E, pairs.LEAST, pairs.LEAST_HALF))
+LOG2E, LEAST_DECAY = gl.constexpr(common.LOG2E.value), gl.constexpr(common.LEAST_DECAY.value)
+LEAST, LEAST_HALF = gl.constexpr(pairs.LEAST.value), gl.constexpr(pairs.LEAST_HALF.value)
 PART = gl.constexpr(64)  # channels at a time: their decays' room takes all of the new keys
 
 
@@ -105,8 +106,8 @@ def prepare(
         decays = gs.index(slot).reshape([C, D])
         low = 0.0
         for part in gl.static_range(D // PART):
-            sums = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
-            sums = gl.associative_scan(sums, 0, add)
+            g = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
+            sums = gl.associative_scan(gl.where(g < LEAST_DECAY, LEAST_DECAY, g), 0, add)
             end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(channels)
             low = gl.minimum(low, gl.min(end, 0))
             room = end >= BOUND
