@@ -481,7 +481,7 @@ SPILLED = {
     "walk add 128": 26, "walk delta 128": 44, "walk delta channels 128": 8, "back add 128": 4, "back delta 128": 16,
     "back segments delta 128": 64, "gradients channels 128": 8, "gradients delta 128": 128,
     "gradients delta channels 128": 76, "inner delta channels 128": 24, "inner blocks channels 128": 88,
-    "inner blocks delta channels 128": 236, "pairs channels 128": 172, "pairs delta channels 128": 376,
+    "inner blocks delta channels 128": 236, "pairs channels 128": 190, "pairs delta channels 128": 378,
     "walk delta channels 256": 40, "back delta channels 256": 16, "solve delta 128": 6, "solve delta channels 128": 6,
 }  # fmt: skip
 CHECKED = [
