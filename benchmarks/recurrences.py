@@ -2,6 +2,7 @@
 
     python benchmarks/recurrences.py                                        all shapes and cases
     python benchmarks/recurrences.py --shapes 1x16k --cases step --peers ours
+    python benchmarks/warm.py                                               before that, compiles what fla tunes over
 
 Every engine is checked first against float64, on the first head: o and all gradients. A row is one engine on one case,
 forward or backward: the median of many runs with the 20th and 80th percentile, the same as a CUDA graph where it can be
@@ -94,14 +95,16 @@ def inputs(case: Case, batch: int, length: int) -> Leaves:
     return {name: t.requires_grad_() for name, t in made.items()}
 
 
-def truth(case: Case, leaves: Leaves, do: Tensor) -> list[Tensor]:
-    """o and the gradients of the first head of the first row, in float64. Decays by head are those of all heads."""
-    first = {name: t.detach()[:1, :1].double().requires_grad_() for name, t in leaves.items()}
+def truth(case: Case, leaves: Leaves, do: Tensor, passes: list[str]) -> list[Tensor]:
+    """o of the first head of the first row, in float64, and its gradients if backward passes are wanted. Decays by head
+    are those of all heads."""
+    first = {name: t.detach()[:1, :1].double().requires_grad_("backward" in passes) for name, t in leaves.items()}
     form = case.form
     if form.decay is not None:
         form = Recurrence(decay=lambda h, heads: fading(h, HEADS))
     o, _ = eager.run(form, _inputs(form, first))
-    return [o.detach(), *torch.autograd.grad(o, list(first.values()), do[:1, :1].double())]
+    grads = torch.autograd.grad(o, list(first.values()), do[:1, :1].double()) if "backward" in passes else ()
+    return [o.detach(), *grads]
 
 
 def _inputs(form: Recurrence, leaves: Leaves) -> Any:
@@ -174,7 +177,7 @@ def bench(
     case, (batch, length) = CASES[name], SHAPES[shape]
     leaves = inputs(case, batch, length)
     do = torch.randn_like(leaves["v"])
-    true = truth(case, leaves, do)
+    true = truth(case, leaves, do, passes)
     for peer in wanted:
         row = {"case": name, "shape": shape, "heads": HEADS, "head_dim": HEAD_DIM, "engine": peer}
         try:
