@@ -95,7 +95,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             constants = {**common, "STAGES": stages, "sink": None, "DEEP": deep, "Q_STAGES": 1, "PARTS": 1}
             yield f"attend {name} {width}", lambda a=(forward.ATTEND, form, boxes, width, constants): compiled(*a)
             scored = form.program.has_score or name == "dropout"
-            halves = [backward.HALVES_TILINGS[width]] if name == "causal" else []  # over blocks of 64 keys
+            halves = [backward.HALVES_TILINGS[width, False]] if name == "causal" else []  # over blocks of 64 keys
             for tiling in (backward.KEYS_TILINGS[width, scored], *halves):
                 boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
                 boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
@@ -107,7 +107,7 @@ def hopper_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
                     yield label, lambda a=(backward.KEYS, form, boxes, width, constants): compiled(*a)
             keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
             boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
-            constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
+            constants = {**common, "Q_STAGES": 1, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
             yield f"queries {name} {width}", lambda a=(backward.QUERIES, form, boxes, width, constants): compiled(*a)
 
 
@@ -128,7 +128,7 @@ def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         boxes = {"q_desc": 64, "k_desc": keys, "v_desc": keys, "o_desc": 64}
         constants = {**sizes, "STAGES": stages, "sink": None, "DEEP": deep, "Q_STAGES": 1, "PARTS": 1}
         yield f"attend {label}", partial(compiled, forward.ATTEND, form, boxes, width, constants)
-        tiling = backward.HALVES_TILINGS[width] if halves else backward.KEYS_TILINGS[width, True]
+        tiling = (backward.HALVES_TILINGS if halves else backward.KEYS_TILINGS)[width, True]
         boxes = {"q_desc": tiling.queries, "do_desc": tiling.queries, "top_desc": -tiling.queries}
         boxes |= {"delta_desc": -tiling.queries, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
         constants = {**sizes, "Q_STAGES": tiling.q, "DO_STAGES": tiling.do, "LATE": tiling.late}
@@ -136,7 +136,7 @@ def small_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"keys {label}", partial(compiled, backward.KEYS, form, boxes, width, constants)
         keys, k_stages, v_stages, held = backward.QUERIES_TILINGS[width]
         boxes = {"q_desc": 64, "do_desc": 64, "k_desc": keys, "v_desc": keys, "dq_desc": 64}
-        constants = {**sizes, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
+        constants = {**sizes, "Q_STAGES": 1, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held, "PARTS": 1}
         yield f"queries {label}", partial(compiled, backward.QUERIES, form, boxes, width, constants)
 
 
@@ -162,7 +162,7 @@ def gathered_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             boxes = dict.fromkeys(("q_desc", "do_desc", "dq_desc"), 64)
             boxes |= dict.fromkeys(("k_desc", "v_desc"), (key_block, 64))
             constants = {**common, "K_STAGES": k_stages, "V_STAGES": v_stages, "HELD": held}
-            constants["PARTS"] = keys // key_block
+            constants |= {"Q_STAGES": 1 if width > 128 else 2, "PARTS": keys // key_block}
             yield (
                 f"queries of blocks of {key_block}, {width}",
                 partial(compiled, backward.QUERIES, form, boxes, width, constants),
@@ -418,40 +418,32 @@ STATES |= {"A": "*bf16"}
 
 def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Of recurrences on Hopper, in Gluon."""
-    whole, local = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), {"START": None}
     for writes, (decays, corrects) in {"add": (True, False), "delta": (False, True), "gated": (True, True)}.items():
-        common = {"DECAYS": decays, "CORRECTS": corrects, "BACKWARDS": False, "OUTPUTS": False, "STATES": False}
-        own = {**local, **({} if decays else {"FADES": None}), **({} if corrects else {"TRANSITION": None})}
-        launches = {
-            "outputs": whole | {"OUTPUTS": True},
-            "states": whole | {"STATES": True, "END": None},
-            "segments": own,
-        }
         for width in (64, 128):
-            for launch, constants in launches.items():
-                yield f"walk {launch} {writes} {width}", partial(walked, "walk", width, common | constants)
-            yield f"back {writes} {width}", partial(walked, "back", width, common | whole)
-            if corrects:
-                yield f"back segments {writes} {width}", partial(walked, "back", width, common | own)
+            own = {"DECAYS": decays, "CORRECTS": corrects, "ends_desc": None, "A": None}
+            yield from walks_of("", f"{writes} {width}", width, own)
 
 
 def channel_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same where channels decay by themselves."""
-    whole, local = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), {"START": None}
-    for writes, widths in {"add": (64, 128), "delta": (128,)}.items():
-        common = {"CORRECTS": writes == "delta", "OUTPUTS": False, "STATES": False}
-        own = local | ({} if writes == "delta" else {"TRANSITION": None})
-        launches = {
-            "outputs": whole | {"OUTPUTS": True},
-            "states": whole | {"STATES": True, "END": None},
-            "segments": own,
-        }
-        for width in widths:
-            for launch, constants in launches.items():
-                made = partial(walked, "walk_channels", width, common | constants)
-                yield f"walk channels {launch} {writes} {width}", made
-            yield f"back channels {writes} {width}", partial(walked, "back_channels", width, common | whole)
-            yield f"back channels segments {writes} {width}", partial(walked, "back_channels", width, common | own)
+    for writes, width in (("add", 64), ("add", 128), ("delta", 128)):
+        own = {"DECAYS": True, "CORRECTS": writes == "delta"}
+        yield from walks_of("channels ", f"{writes} {width}", width, own)
+
+
+def walks_of(kind: str, name: str, width: int, own: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    whole, corrects = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), own["CORRECTS"]
+    local = {"START": None} | ({} if own["DECAYS"] else {"FADES": None}) | ({} if corrects else {"TRANSITION": None})
+    own |= {"OUTPUTS": False, "STATES": False, "BACKWARDS": False}
+    launches = {
+        "walk {}outputs": whole | {"OUTPUTS": True}, "walk {}states": whole | {"STATES": True, "END": None},
+        "walk {}segments": local, "back {}": whole, "back {}segments": local,
+    }  # fmt: skip
+    for launch, constants in launches.items():
+        adds = launch == "back {}segments" and not corrects
+        kernel = "walk" if adds else launch.split()[0]
+        made = partial(walked, kernel, width, own | constants | {"BACKWARDS": adds})
+        yield f"{launch.format(kind)} {name}".replace("  ", " "), made
 
 
 def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
@@ -464,7 +456,6 @@ def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from manyheads.engines.triton.chunked import hopper
-    from manyheads.engines.triton.chunked.hopper import channels
 
     def descriptor(name: str, *block: int) -> str:
         kind, text = (gl.float32, "fp32") if name in ("g", "ends", "beta") else (gl.bfloat16, "bf16")
@@ -474,11 +465,11 @@ def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     entry = getattr(import_module(f"manyheads.engines.triton.chunked.hopper.kernels.{name}"), name)
     half = dict.fromkeys(("v", "out", "do", "z", "dv", "u"), (1, 1, 64, hopper.HALF))
     blocks = half | dict.fromkeys(("q", "k", "dq", "dk"), (1, 1, 64, width)) | dict.fromkeys(("g", "beta"), (1, 64))
-    blocks |= {"t": (64, 64), "states": (1, width, hopper.HALF)}
+    blocks |= {"t": (64, 64), "states": (1, width, hopper.HALF), "ends": (1, width)}
     stages = hopper.STAGES if name == "walk" else hopper.BACK_STAGES
-    if name.endswith("channels"):
-        blocks |= {"g": (1, 1, 64, width), "ends": (1, width)}
-        stages = channels.STAGES
+    if "ends_desc" in entry.arg_names and "ends_desc" not in constants:
+        blocks |= {"g": (1, 1, 64, width)}
+        stages = hopper.BACK_STAGES
     constants = {n: v for n, v in ({"DV": 128, "STAGES": stages} | constants).items() if n in entry.arg_names}
     types = dict.fromkeys(entry.arg_names, "i32") | {f"{n}_desc": descriptor(n, *b) for n, b in blocks.items()}
     types |= STATES | dict.fromkeys(constants, "constexpr")
@@ -557,18 +548,22 @@ def choosing_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
             own = {"SHARE": shared, "COUNTED": not shared, "D": 128, "PRECISION": "tf32x3"}
             own |= launches.tile_of(blocks, 128)
             yield f"{name} past of {blocks}", partial(choosing, "past", "past", own)
-        tile = {"TOGETHER": 4, **weighing.window_tile_of(blocks, 4, 1, 4, 128), "PRECISION": "tf32x3"}
+        tile = {"TOGETHER": 4, **weighing.window_tile_of(blocks, 4, 1, 4, 128, 4), "PRECISION": "tf32x3"}
         yield f"windows of {blocks}", partial(choosing, "windows", "windows", tile)
     own = {"D": 128, "PD": 128, "ROWS": weighing.ROWS, "PART": weighing.KEYS, "PRECISION": "tf32x3"}
     yield "parts", partial(choosing, "stripes", "parts", own)
     yield "stripes", partial(choosing, "stripes", "stripes", {"ROWS": weighing.ROWS, "PART": weighing.KEYS})
-    chunk = {"FIRST": False, "CHUNK": launches.LOOKED}
-    yield "measure", partial(choosing, "long", "measure", {**chunk, "LINE": launches.MEASURED})
-    yield "narrow", partial(choosing, "long", "narrow", {"PART": launches.TOGETHER})
-    yield "keep", partial(choosing, "long", "keep", {**chunk, "LINE": launches.KEPT})
+    own = {"FIRST": False, "LINE": launches.MEASURED, "PART": launches.TOGETHER}
+    yield "measure", partial(choosing, "long", "measure", own)
+    yield "keep", partial(choosing, "long", "keep", {"FIRST": False, "LINE": launches.KEPT})
+    yield "halved", partial(choosing, "scores", "halved", {"N": weighing.HALVED})
+    yield "divisors", partial(choosing, "stripes", "divisors", {"TILES": weighing.TILES, "ROWS": weighing.SOME})
     yield "listing", partial(choosing, "listing", "listing", {"ROWS": 4, "COLUMNS": 512})
     own = {"D": 128, "PD": 128, "ROWS": crossing.ROWS, "PART": launches.PART, "PRECISION": "tf32x3"}
     yield "masses", partial(choosing, "cells", "masses", own)
+    for blocks in BLOCKS:
+        own = dict(zip(("D", "PD", "PART", "COLUMNS", "LINE"), crossing.stripes_tile_of(blocks, 128), strict=True))
+        yield f"heaviest stripes of {blocks}", partial(choosing, "cells", "stripes", own)
     yield "crossed", partial(choosing, "cells", "crossed", {"ROWS": 4, "COLUMNS": 512})
     own = {"SIGNS": 7, "PS": 16, "D": 128, "PD": 128, "ROWS": sorting.ROWS, "PRECISION": "tf32x3"}
     yield "ranks", partial(choosing, "hashing", "ranks", own)
@@ -601,9 +596,10 @@ def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
     types |= dict.fromkeys(("indices", "counts", "words", "begins", "numbers"), "*i32")
     types |= dict.fromkeys(("k", "space", "mass"), "*fp32") | {"out": "*i32" if module == "turning" else "*fp32"}
     types |= {
-        "windows": {"k": "*fp16", "low": "*fp16", "sizes": "*fp32"},
+        "scores": {"high": "*fp16", "low": "*fp16", "sizes": "*fp32", "largest": "*fp32"},
+        "windows": {"k": "*fp16", "low": "*fp16", "halves": "*fp16", "sizes": "*fp32"},
         "stripes": {"k": "*bf16"} | dict.fromkeys(("divisor", "tops", "totals", "sums"), "*fp32"),
-        "long": {"limits": "*u32", "number_above": "*i32", "before": "*i32"},
+        "long": {"limits": "*u32"} | dict.fromkeys(("ended", "number_above", "before"), "*i32"),
         "cells": {"q": "*fp32", "columns": "*u8", "diagonals": "*u8", "cells": "*u8"},
         "hashing": {"k": "*bf16", "g": "*fp32", "out": "*bf16"}
         | dict.fromkeys(("q_out", "k_out", "order", "places"), "*i32"),
@@ -624,7 +620,9 @@ def choosing(module: str, name: str, constants: dict[str, Any]) -> Any:
         name, {}
     )
     if module in weighing.OPTIONS:
-        options = weighing.OPTIONS[module] | weighing.few(constants)
+        options = weighing.OPTIONS[module]
+    if (module, name) == ("cells", "stripes"):
+        options = {"num_warps": launches.warps(2 * constants["COLUMNS"])}
     if module == "rows":
         options = launches.rows_options(constants["COLUMNS"], "share" not in constants)
     if module == "past":

@@ -2,7 +2,8 @@
 freed too soon shows.
 
 A copy into shared memory lands the moment it is issued; a matrix product, and a copy out of it, read as late as the
-kernel allows: only when it waits for them. Shared memory starts as NaN. Layouts, registers and speed are not emulated.
+kernel allows: only when it waits for them. What is loaded for a product is read when that begins. Shared memory starts
+as NaN. Layouts, registers and speed are not emulated.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Array(np.ndarray):
     """A tensor of the kernel, in float32 where the kernel has 16 bits."""
 
     type = SimpleNamespace(layout=None)
+    late: Shared | None = None  # where it is still to be read from
 
     @staticmethod
     def of(values: Any) -> Array:
@@ -80,11 +82,6 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.values[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
 
-    def _reinterpret(self, dtype: str, shape: Any, layout: Any) -> Shared:
-        """The room of the first of its numbers, one for each of the others."""
-        assert np.prod(shape) <= self.values.size
-        return Shared(self.values.reshape(-1)[: np.prod(shape)].reshape(shape), dtype)
-
     def reshape(self, shape: Any) -> Shared:
         return Shared(self.values.reshape(shape), self.dtype)
 
@@ -95,7 +92,17 @@ class Shared:
         self.values[...] = values
 
     def load(self, layout: Any) -> Array:
-        return Array.of(self.values.copy())
+        found = Array.of(self.values.copy())
+        found.late = self
+        return found
+
+
+def reinterpret(x: Shared, dtype: str, shape: Any, layout: Any) -> Shared:
+    """The room of the first of its numbers, one for each of the others, as far as they go."""
+    first, *rest = shape
+    size = math.prod(rest)
+    count = min(first, x.values.size // size)
+    return Shared(x.values.reshape(-1)[: count * size].reshape(count, *rest), dtype)
 
 
 class Barrier:
@@ -155,7 +162,8 @@ class Descriptor:
         size, (*steps, last) = base.element_size(), given.strides
         fits = last == 1 and all(step > 0 and step * size % 16 == 0 for step in steps) and base.data_ptr() % 16 == 0
         assert fits, f"the hardware takes no strides {list(given.strides)} from address {base.data_ptr()} on"
-        self.block_shape, self.layout, self.dtype = given.block_shape, None, str(base.dtype).removeprefix("torch.")
+        self.block_shape, self.layout = list(given.block_shape), None
+        self.dtype = str(base.dtype).removeprefix("torch.")
 
     def box(self, at: Any) -> tuple[torch.Tensor, tuple[slice, ...]]:
         """The part of a box that is inside, and where it lies in the box."""
@@ -205,6 +213,9 @@ class Later:
 
 def warpgroup_mma(a: Any, b: Any, c: Any, use_acc: bool = True, is_async: bool = False) -> Later:
     assert is_async
+    for x in (a, b):
+        if isinstance(x, Array) and x.late is not None:
+            x[...], x.late = x.late.values, None
 
     def compute() -> Array:
         left, right = (x.values if isinstance(x, Shared) else np.asarray(x) for x in (a, b))

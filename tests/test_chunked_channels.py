@@ -19,31 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
-import gluon_emulator as emulator
 import test_chunked_walks as walks
 
 from manyheads.core.recurrence import LEAST_DECAY
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.call import Call, Prepared
-from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.kernels.pairs import LEAST
 
-C, CPU = walks.C, walks.CPU
+C, CPU, emulated = walks.C, walks.CPU, walks.emulated
 
 
 @pytest.fixture(autouse=True)
 def short_segments(request, monkeypatch):
     if "case" in request.fixturenames:
         monkeypatch.setattr(tables, "LEAST", request.getfixturevalue("case").least)
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    package = "manyheads.engines.triton.chunked.hopper"
-    modules = emulator.load("parts", "channels", "walk_channels", "back_channels", package=package)
-    for name in ("walk", "back"):
-        kernel = emulator.Kernel(getattr(modules[f"{name}_channels"], f"{name}_channels"))
-        monkeypatch.setattr(getattr(channels, f"{name}s"), f"{name}_channels", kernel)
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,8 @@ CASES = [
     Case(delta=False, head_dim=64, v_head_dim=64, length=301, gates=torch.bfloat16), Case(20.0, fast=100.0, length=130),
     Case(fast=1e5, length=130), Case(fast=1e5, length=130, delta=False, gates=torch.bfloat16),
     Case(0.01, heads=(2, 1), batch=2, length=130, least=1), Case(0.02, dtype=torch.float16, length=130, least=1),
-    Case(delta=False, v_head_dim=64, fast=20.0, length=130, least=1),
+    Case(delta=False, v_head_dim=64, fast=20.0, length=130, least=1), Case(length=384, early=2.0),
+    Case(delta=False, length=384, early=2.0),
 ]  # fmt: skip
 
 
@@ -69,6 +59,7 @@ class Truth(walks.Truth):
         super().__init__(case, device)
         g = -torch.rand(case.batch, case.heads[0], case.length, case.head_dim) * (case.decay or 0.0)
         g[..., ::16] -= case.fast
+        g[:, :, : case.length // 2] -= case.early
         g = g.to(case.gates)
         call = self.call
         self.g, self.call = g.double(), Call.of(call.q, call.k, call.v, g.to(device), call.beta, walks.SCALE)
@@ -127,8 +118,6 @@ def channels_of_their_own(monkeypatch):
     """For the checks of walks."""
     for name, own in (("Truth", Truth), ("WHOLE", CASES)):
         monkeypatch.setattr(walks, name, own)
-    for name in ("walk", "back"):
-        monkeypatch.setattr(hopper, name, getattr(channels, name))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -153,32 +142,29 @@ def test_what_they_take(monkeypatch):
         dtype=torch.bfloat16,
         q_len=64,
         corrects=True,
-        gates: torch.dtype | None = torch.float32,
+        gates: torch.dtype = torch.float32,
     ):
         q, k, v = (
             torch.zeros(1, 1, *shape, dtype=dtype) for shape in ((q_len, head_dim), (64, head_dim), (64, v_head_dim))
         )
-        g = None if gates is None else torch.zeros(1, 1, 64, head_dim, dtype=gates)
+        g = torch.zeros(1, 1, 64, head_dim, dtype=gates)
         return Call.of(q, k, v, g, torch.zeros(1, 1, 64) if corrects else None, 1.0)
 
-    assert not channels.takes(call())  # on a CPU
+    assert not hopper.takes(call())  # on a CPU
     monkeypatch.setattr(hopper, "_hopper", lambda device: True)
     taken = call(), call(dtype=torch.float16, gates=torch.float16), call(64, 64, corrects=False)
-    assert all(channels.takes(each) for each in taken)
+    assert all(hopper.takes(each) for each in taken)
     others = (
         call(64, 64), call(256), call(v_head_dim=256, corrects=False), call(dtype=torch.float32), call(q_len=63),
-        call(gates=torch.float64), call(gates=None),
+        call(gates=torch.float64),
     )  # fmt: skip
-    assert not any(channels.takes(other) for other in others)
+    assert not any(hopper.takes(other) for other in others)
 
 
 # ---- without a GPU ----
 
 # Words: of what is kept from one part of a chunk to another.
-SPILLED = {
-    "back channels add 128": 72, "back channels segments add 128": 24, "back channels delta 128": 80,
-    "back channels segments delta 128": 9,
-}  # fmt: skip
+SPILLED = {"back channels add 128": 72, "back channels delta 128": 80}
 
 
 @pytest.mark.parametrize("name", [name for name, _ in compiled.channel_kernels() if not name.endswith("64")])

@@ -39,7 +39,7 @@ BOUND = {torch.bfloat16: 6e-3, torch.float16: 8e-4}  # operands of products are 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    names = "parts", "walk", "fused_walker", "fused_chunks", "fused"
+    names = "parts", "channels", "walking", "walk", "fused_walker", "fused_chunks", "fused"
     modules = emulator.load(*names, package=hopper.__name__)
     monkeypatch.setattr(hopper.walks, "walk", emulator.Kernel(modules["walk"].walk))
     monkeypatch.setattr(emulator, "tma_load", late)
@@ -134,15 +134,16 @@ def test_what_is_not_written_has_a_gradient(emulated):
 
 
 def test_what_it_takes(monkeypatch):
-    def call(head_dim=128, v_head_dim=128, dtype=torch.bfloat16, corrects=True, q_len=64):
+    def call(head_dim=128, v_head_dim=128, dtype=torch.bfloat16, corrects=True, channels=False, q_len=64):
         shapes = (q_len, head_dim), (64, head_dim), (64, v_head_dim)
         beta = torch.zeros(1, 1, 64) if corrects else None
-        return Call.of(*(torch.zeros(1, 1, *shape, dtype=dtype) for shape in shapes), None, beta, 1.0)
+        g = torch.zeros(1, 1, 64, head_dim) if channels else None
+        return Call.of(*(torch.zeros(1, 1, *shape, dtype=dtype) for shape in shapes), g, beta, 1.0)
 
     assert not hopper.takes_fused(call())  # on a CPU
     monkeypatch.setattr(hopper, "_hopper", lambda device: True)
     assert hopper.takes_fused(call()) and hopper.takes_fused(call(dtype=torch.float16, corrects=False))
-    others = call(64), call(v_head_dim=64), call(dtype=torch.float16), call(q_len=63)
+    others = call(64), call(v_head_dim=64), call(dtype=torch.float16), call(q_len=63), call(channels=True)
     assert not any(hopper.takes_fused(other) for other in others)
 
 

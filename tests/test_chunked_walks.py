@@ -36,14 +36,15 @@ def short_segments(request, monkeypatch):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    modules = emulator.load("parts", "walk", "back", package=hopper.__name__)
+    modules = emulator.load("parts", "channels", "walking", "walk", "back", package=hopper.__name__)
     for name in ("walk", "back"):
         monkeypatch.setattr(getattr(hopper, f"{name}s"), name, emulator.Kernel(getattr(modules[name], name)))
 
 
 @dataclass(frozen=True)
 class Case:
-    """decay: at most, a token; None: none. heads: of queries and of keys. least: chunks of a segment."""
+    """decay: at most, a token; None: none. early: beside it, of the first half of the tokens. heads: of queries and of
+    keys. least: chunks of a segment."""
 
     decay: float | None = 0.1
     delta: bool = True
@@ -54,6 +55,7 @@ class Case:
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     least: int = 2
+    early: float = 0.0
 
 
 STRONG = 5.0
@@ -65,7 +67,8 @@ CASES = [
     Case(None, delta=False, v_head_dim=64), Case(length=130, v_head_dim=256, head_dim=64),
     Case(STRONG, delta=False, v_head_dim=256, heads=(2, 2)), Case(0.01, length=500, least=8),
     Case(0.01, delta=False, length=500, least=8),
-    Case(None, delta=False, length=320, head_dim=64, v_head_dim=64, least=8),
+    Case(None, delta=False, length=320, head_dim=64, v_head_dim=64, least=8), Case(length=384, early=2.0),
+    Case(delta=False, length=384, early=2.0),
 ]  # fmt: skip
 # Of which the kernels know what becomes of a state before a segment.
 WHOLE = [case for case in CASES if not case.delta or case.head_dim == case.v_head_dim == 128]
@@ -83,6 +86,8 @@ class Truth:
         own = q.to(case.dtype), F.normalize(k, dim=-1).to(case.dtype), v.to(case.dtype)
         shape = case.batch, heads, n
         g = None if case.decay is None else -torch.rand(shape) * case.decay
+        if g is not None:
+            g[..., : n // 2] -= case.early
         beta = torch.rand(shape) if case.delta else None
         self.case = case
         self.call = Call.of(*(None if t is None else t.to(device) for t in (*own, g, beta)), SCALE)
@@ -251,7 +256,7 @@ def test_what_they_take(monkeypatch):
     assert hopper.takes(call(g=torch.zeros(1, 1, 64)))
     others = (
         call(head_dim=256), call(v_head_dim=32), call(dtype=torch.float32), call(q_len=63),
-        call(g=torch.zeros(1, 1, 64, 128)),
+        call(v_head_dim=256, g=torch.zeros(1, 1, 64, 128)),
     )  # fmt: skip
     assert not any(hopper.takes(other) for other in others)
 

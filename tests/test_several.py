@@ -14,7 +14,7 @@ from test_selected import SCORES, check, chosen_of, selection
 
 from manyheads.core.forms import Blocks, Operand, Scores, Selection
 from manyheads.engines.triton import hopper
-from manyheads.engines.triton.hopper import forward, selected
+from manyheads.engines.triton.hopper import backward, forward, rounds, selected
 from manyheads.engines.triton.hopper.tables import LISTS, RANGES
 
 emulated, listed, moved = test_hopper.emulated, test_selected.listed, test_rounds.moved
@@ -23,33 +23,40 @@ MANY = (1, 2, 3, 100, 131, 132, 1055, 1056, 1583, 1584, 1585, 4751, 4752, 8192, 
 
 @pytest.fixture(autouse=True)
 def several(monkeypatch):
-    """Programs of three rows, and of one."""
-    monkeypatch.setattr(forward, "MOST", 3)
-    monkeypatch.setattr(forward, "LEFT", 1)
+    """Programs of four rows, of two, and of one."""
+    for name, value in (("HALVINGS", 2), ("HALVED", 1), ("LEFT", 1)):
+        monkeypatch.setattr(forward, name, value)
 
 
 # ---- which rows a program has ----
 
 
-@pytest.mark.parametrize("left", [1, 528])
+SHARED = ((4, 198, 264), (4, 1, 1), (2, 3, 5), (0, 1, 1))
+
+
+@pytest.mark.parametrize(("halvings", "halved", "left"), SHARED)
 @pytest.mark.parametrize("rows", MANY[:-2])
-def test_each_row_is_computed_once(monkeypatch, rows, left):
-    monkeypatch.setattr(forward, "LEFT", left)
+def test_each_row_is_computed_once(monkeypatch, rows, halvings, halved, left):
+    for name, value in (("HALVINGS", halvings), ("HALVED", halved), ("LEFT", left)):
+        monkeypatch.setattr(forward, name, value)
     share_of = emulator.load("common", "several")["several"].share_of
-    programs, several, each = forward.shares(rows, LISTS, 128)
-    shares = [share_of(emulator.Int(pid), several, each) for pid in range(programs)]
+    programs, *share = forward.shares(rows, LISTS, 128)
+    shares = [share_of(emulator.Int(pid), *map(emulator.Int, share)) for pid in range(programs)]
     assert [first + k for first, count in shares for k in range(count)] == list(range(rows))
+    sizes = [count for _, count in shares]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes.count(1) >= min(rows, left)
+    assert all(sizes.count(2**power) == halved for power in range(1, share[1]))
 
 
 @pytest.mark.parametrize("rows", MANY)
 def test_there_is_work_for_all(monkeypatch, rows):
-    """Programs of several rows are so many, and of one row too, that none is waited for at the end."""
-    monkeypatch.setattr(forward, "LEFT", 528)
-    programs, several, each = forward.shares(rows, LISTS, 64)
-    assert programs - several >= min(rows, 528)
-    assert (several == 0) == (each == 1)
-    assert not several or several >= 528
-    assert forward.shares(rows, LISTS, 256) == forward.shares(rows, RANGES, 64) == (rows, 0, 1)
+    """Programs of one row are so many that none is waited for at the end."""
+    monkeypatch.undo()
+    programs, several, halvings, halved = forward.shares(rows, LISTS, 64)
+    assert programs >= min(rows, 264)
+    assert not several or halvings
+    assert forward.shares(rows, LISTS, 256) == forward.shares(rows, RANGES, 64) == (rows, 0, 0, halved)
 
 
 # ---- what programs of several rows compute ----
@@ -122,12 +129,13 @@ def test_sinks_of_rows_without_blocks(listed):
     assert (dq[:, :, 128:384] != 0).any()
 
 
+@pytest.mark.parametrize("length", [380, 500])
 @pytest.mark.parametrize("query_block", [64, 128])
-def test_what_rows_without_blocks_do_not_read(listed, query_block):
-    """The first keys, at which their one step may look."""
-    x = inputs(500, 500)
+def test_what_rows_without_blocks_do_not_read(listed, query_block, length):
+    """The first keys, at which their one step may look; it is the last of a program, or not."""
+    x = inputs(length, length)
     x.k[:, :, :64] = x.v[:, :, :64] = torch.nan
-    keep = torch.rand(1, 4, -(-500 // query_block), 8) < 0.5
+    keep = torch.rand(1, 4, -(-length // query_block), -(-length // 64)) < 0.5
     keep[:, :, : 128 // query_block] = keep[..., 0] = False
     blocks = Blocks.from_map(keep)
     form = Selection(
@@ -140,9 +148,26 @@ def test_what_rows_without_blocks_do_not_read(listed, query_block):
     assert (o[:, :, :128] == 0).all() and (dq[:, :, :128] == 0).all()
 
 
-def test_rows_that_nobody_asks_for(moved):
+def test_rows_that_nobody_asks_for(moved, monkeypatch):
+    """Tiles of queries in rounds that have none are not computed."""
     x = inputs(300, 640, heads=4, kv_heads=2)
-    test_rounds.check(test_rounds.selection(Scores(), x, width=1), x)
+    form = test_rounds.selection(Scores(), x, width=1)
+    test_rounds.check(form, x)
+    for engine in (forward, backward):
+        monkeypatch.setattr(engine.quick, "empty", lambda *of: torch.full(of[0], torch.nan, dtype=of[1]))
+    _, y, order = next(iter(rounds.ordered(form.scores, x, test_rounds.rounds_of(form, x))))
+    z, do = rounds.at_places(y, order), torch.ones(1, 1, 1, 64, dtype=x.q.dtype)
+    o, lse = forward.run(form.scores, z, chosen=order)
+    numbers = torch.zeros_like(lse)
+    dq, _, _ = backward.products(
+        form.scores, z, do.expand(z.q.shape), numbers, numbers, (True, False, False), chosen=order
+    )
+    ranges = order.table_of(form.scores.program, z, (128, 128), {}).values
+    asked = (ranges[..., 1] >= ranges[..., 0]).repeat_interleave(128, -1)
+    assert asked.any() and not asked.all()
+    for found in (o, lse, dq):
+        assert found is not None
+        assert torch.equal(found.isnan().reshape(*lse.shape, -1).any(-1), ~asked)
 
 
 # ---- on a GPU ----

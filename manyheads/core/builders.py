@@ -119,10 +119,17 @@ stripes = operator(
     ),
 )
 
+heaviest_stripes = operator(
+    crossing.heaviest_stripes,
+    "(Tensor q, Tensor k, Tensor mass, float scale, float share, float near, SymInt least) -> (Tensor, Tensor)",
+    lambda q, k, mass, *_: (mass.new_empty(mass.shape, dtype=torch.bool), mass.new_empty(*mass.shape[1:3], 1)),
+)
 heaviest_cells = operator(
     crossing.heaviest_cells,
-    "(Tensor q, Tensor k, float scale, Tensor share, SymInt first) -> Tensor",
-    lambda q, k, *_: q.new_empty(*q.shape[:3], k.shape[2], dtype=torch.bool),
+    "(Tensor q, Tensor k, float scale, Tensor share, SymInt size, SymInt offset) -> Tensor",
+    lambda q, k, scale, share, size, offset: q.new_empty(
+        *q.shape[:2], _blocks(offset % size + q.shape[2], size), k.shape[2], dtype=torch.bool
+    ),
 )
 crossed = operator(
     crossing.crossed,

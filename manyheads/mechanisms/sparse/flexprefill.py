@@ -20,8 +20,8 @@ import math
 import torch
 
 from manyheads.core import Blocks, Law, Scores, Selection, mechanism
-from manyheads.core.builders import crossed, heaviest_cells
-from manyheads.core.choosing import block_means, fewest, past_blocks, products, stripes
+from manyheads.core.builders import crossed, heaviest_cells, heaviest_stripes
+from manyheads.core.choosing import block_means, past_blocks, stripes
 
 
 def reference(q, k, v, *, gamma=0.95, tau=0.1, block_size=128, min_budget=1024):
@@ -111,18 +111,10 @@ def flexprefill(gamma: float = 0.95, tau: float = 0.1, block_size: int = 128, mi
             past = past_blocks(blocks - first, blocks, first=first, device=q.device)
             return Blocks.from_map(past.expand(*q.shape[:2], -1, -1))
         shown = q[..., -block_size:, :]
-        columns, diagonals = stripes(shown, k, block_size, scale=scale)
-        k_means = block_means(k, block_size)
-        shown_mean = shown.to(k_means.dtype).mean(-2, keepdim=True) * scale
-        estimate = products(shown_mean, k_means).softmax(-1).squeeze(-2)
-        both = torch.stack([estimate, columns])
-        divergence = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1).mean(0)
-        aware = (divergence.clamp(min=0).sqrt() < tau)[..., None]
-
-        vertical, slash = (fewest(x, torch.where(aware, 0.0, gamma), least, first=True) for x in (columns, diagonals))
-        q_means, share = block_means(q, block_size, offset % block_size), torch.where(aware, gamma, 0.0)
-        cells = heaviest_cells(q_means, k_means, scale, share, offset // block_size)
-        return Blocks(*crossed(vertical, slash, cells, share, offset // block_size))
+        k_means, mass = block_means(k, block_size), stripes(shown, k, block_size, scale=scale)
+        (columns, diagonals), share = heaviest_stripes(shown, k_means, mass, scale, gamma, tau, least)
+        cells = heaviest_cells(q, k_means, scale, share, block_size, offset)
+        return Blocks(*crossed(columns, diagonals, cells, share, offset // block_size))
 
     return Selection(
         select=select,

@@ -12,7 +12,7 @@ NAMES = {
     "launches": ("block_means", "heaviest", "best", "best_past", "fewest_past", "listed", "transposed"),
     "weighing": ("best_windows", "stripes"),
     "estimating": ("tournament", "by_four_bits"),
-    "crossing": ("heaviest_cells", "crossed"),
+    "crossing": ("heaviest_stripes", "heaviest_cells", "crossed"),
     "sorting": ("hashed", "in_order", "to_blocks", "from_blocks"),
     "attending": ("attended", "attended_gradients"),
 }

@@ -21,7 +21,8 @@ from manyheads.engines.triton.launch import INTERPRETED
 LONGEST = 2**14  # a row in registers
 TILE = 2**12  # numbers in registers, where rows are shorter
 HELD, LINES = 32, 8  # numbers of rows that a thread has, and lines of a row of 128 to 1024
-LOOKED, TOGETHER = 2**14, 128  # entries of a longer row that a program looks at, and such chunks that it adds up
+LOOKED, TOGETHER = 2**14, 64  # entries of a longer row that a program looks at, at most, and such chunks it adds up
+CHUNKS = 256  # of a row, before programs look at more than KEPT entries
 MEASURED, KEPT = 256, 2048  # of these at a time
 ROWS, PART, DIMS = 16, 64, 32  # query blocks, key blocks, and numbers of each, that are multiplied at a time
 MARKED = 64, 1024  # entries of 32 lists that are marked at a time, and words that are set to 0
@@ -29,7 +30,8 @@ AT_ONCE = 16  # warps of kernels/past.py on a multiprocessor
 PRECISION = "ieee" if INTERPRETED or torch.version.hip else "tf32x3"  # three products of parts of the bits
 
 
-def block_means(x: Tensor, size: int, start: int) -> Tensor:
+def block_means(x: Tensor, size: int, start: int, share: Tensor | None = None) -> Tensor:
+    """share: float32 of each batch and head, contiguous; means of those whose is 0 are whatever memory held."""
     if x.dtype == torch.float64:
         return picking.block_means(x, size, start)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -38,7 +40,7 @@ def block_means(x: Tensor, size: int, start: int) -> Tensor:
     blocks, width = cdiv(before + length, size), power(dim)
     out = x.new_empty(*x.shape[:-2], blocks, dim, dtype=torch.float32)
     some = max(1, min(TILE // width, power(size)))
-    arguments = four, out, heads, blocks, length, before, size, *four.stride()[:3], some, dim, width
+    arguments = four, out, share, heads, blocks, length, before, size, *four.stride()[:3], some, dim, width
     launch(means.means, batch * heads * blocks, arguments, num_warps=2)
     return out
 
@@ -79,17 +81,18 @@ def _of_rows(
 
 def of_long_rows(mass: Tensor, share: Tensor | None, kept: Tensor, least: int, first: bool) -> None:
     n, step, number = mass.shape[-1], 0 if share is None or share.numel() == 1 else 1, math.prod(mass.shape[:-1])
-    chunks = cdiv(n, LOOKED)
-    limits = torch.zeros(number, dtype=torch.uint32, device=mass.device)
+    looked = min(LOOKED, max(KEPT, power(n // CHUNKS)))
+    chunks = cdiv(n, looked)
+    ended, limits = torch.zeros(2, number, dtype=torch.int32, device=mass.device)
+    limits = limits.view(torch.uint32)
     counts = torch.empty(number, chunks, long.DIGITS.value, dtype=torch.int32, device=mass.device)
     masses = counts.new_empty(counts.shape, dtype=torch.float32)
     above = counts.new_empty(number), masses.new_empty(number), counts.new_empty(number, chunks)
-    for shift in range((cdiv(32, long.BITS) - 1) * long.BITS, -1, -long.BITS):
-        arguments = mass, share, limits, counts, masses, n, chunks, shift, step, least, first, LOOKED, MEASURED
+    for turn, shift in enumerate(range((cdiv(32, long.BITS) - 1) * long.BITS, -1, -long.BITS), 1):
+        sizes, constants = (n, looked, chunks, turn * chunks - 1, shift, step, least), (first, MEASURED, TOGETHER)
+        arguments = mass, share, limits, ended, counts, masses, *above, *sizes, *constants
         launch(long.measure, number * chunks, arguments, num_warps=4)
-        arguments = limits, counts, masses, share, *above, chunks, shift, step, least, TOGETHER
-        launch(long.narrow, number, arguments, num_warps=8)
-    arguments = mass, kept, limits, share, *above, n, chunks, step, least, first, LOOKED, KEPT
+    arguments = mass, kept, limits, share, *above, n, looked, chunks, step, least, first, KEPT
     launch(long.keep, number * chunks, arguments, num_warps=8)
 
 

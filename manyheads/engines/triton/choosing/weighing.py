@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,10 @@ from manyheads.core import picking
 from manyheads.engines.triton.blocks import cdiv, multiprocessors
 from manyheads.engines.triton.choosing.kernels import stripes as striping
 from manyheads.engines.triton.choosing.kernels import windows
+from manyheads.engines.triton.choosing.kernels.scores import halved
 from manyheads.engines.triton.choosing.launches import (
     PART,
     PRECISION,
-    TILE,
     empty_lists,
     fits,
     held,
@@ -26,7 +25,10 @@ from manyheads.engines.triton.choosing.launches import (
 from manyheads.engines.triton.launch import INTERPRETED
 
 ROWS, KEYS = 128, 64  # that are multiplied at a time
-OPTIONS = {"windows": {"num_warps": 8, "num_stages": 2}, "stripes": {"num_warps": 8, "num_stages": 1}}
+HALVED = 2**11  # numbers of a program
+TILES, SOME = 64, 16  # tiles of KEYS and queries whose sums are added up at a time
+OPTIONS = {"windows": {"num_warps": 4, "num_stages": 2}, "stripes": {"num_warps": 8, "num_stages": 1}}
+NARROW = 128  # numbers of a head in 16 bits, up to which two programs of kernels/windows.py fit on a multiprocessor
 
 
 def best_windows(
@@ -41,13 +43,16 @@ def best_windows(
     high, low, sizes = _in_halves(k) if q.element_size() == 2 else (k.float().contiguous(), None, None)
     width = picking.windows_width(queries, count, dense, *rule)
     indices, counts = empty_lists(q, batch, heads // together, queries, width)
-    tile = window_tile_of(blocks, step, overlap, together, dim)
+    two = low is not None and dim <= NARROW
+    options = OPTIONS["windows"] | ({} if two else {"num_warps": 8})
+    tile = window_tile_of(blocks, step, overlap, together, dim, options["num_warps"])
     tiles = batch * heads // together * cdiv(queries, tile["QUERIES"])
-    options = {**OPTIONS["windows"], **(few(tile) if low is not None else {})}
-    programs = min(tiles, (2 if "maxnreg" in options else 1) * multiprocessors(q.device))
+    programs = min(tiles, (2 if two else 1) * multiprocessors(q.device))
     space = torch.empty(programs, 2, tile["QUERIES"], tile["COLUMNS"], dtype=torch.float32, device=q.device)
+    rows = tile["QUERIES"] * tile["HIGH"] * tile["LOW"]
+    halves = None if low is None else low.new_empty(programs, rows, tile["PD"])
     arguments = (
-        q, high, low, sizes, space, indices, counts, tiles, heads, heads // kv_heads, queries, n, width,
+        q, high, low, sizes, space, halves, indices, counts, tiles, heads, heads // kv_heads, queries, n, width,
         *q.stride()[:3], scale, count, kernel, stride, dense, key_block, offset, first, local, together,
         *tile.values(), PRECISION,
     )  # fmt: skip
@@ -72,36 +77,35 @@ def stripes(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
     constants = dim, max(16, power(dim)), ROWS, KEYS, PRECISION
     programs = batch * heads * tiles * cdiv(queries, ROWS)
     launch(striping.parts, programs, (*arguments, *constants), **OPTIONS["stripes"])
-    divisor = torch.logsumexp(totals * math.log(2), 2) / math.log(2)
+    divisor = tops.new_empty(batch, heads, queries)
+    launch(striping.divisors, batch * heads * cdiv(queries, SOME), (totals, divisor, queries, tiles, TILES, SOME))
     arguments = tops, divisor, sums, out, queries, n, tiles, blocks, size, columns, diagonals, ROWS, KEYS
     launch(striping.stripes, out.numel(), arguments, num_warps=4)
     return out
 
 
-def window_tile_of(key_blocks: int, step: int, overlap: int, together: int, dim: int) -> dict[str, int]:
-    """The constants of kernels/windows.py from MEMBERS on, in its order."""
+def window_tile_of(key_blocks: int, step: int, overlap: int, together: int, dim: int, warps: int) -> dict[str, int]:
+    """The constants of kernels/windows.py from HIGH on, in its order."""
     members, columns = power(together), max(16, PART // step, power(key_blocks))  # a part's at least: all are written
-    queries = max(1, 128 // members)
+    low, queries = min(2, members), max(1, ROWS // members)
     return {
-        "MEMBERS": members, "D": dim, "PD": max(16, power(dim)), "QUERIES": queries,
-        "SOME": min(queries, held(columns, OPTIONS["windows"]["num_warps"])), "STEP": step, "OVERLAP": overlap,
-        "PART": PART, "COLUMNS": columns, "LINE": line_of(columns),
+        "HIGH": members // low, "LOW": low, "EACH": min(8, queries), "D": dim, "PD": max(16, power(dim)),
+        "QUERIES": queries, "SOME": min(queries, held(columns, warps)), "STEP": step,
+        "OVERLAP": overlap, "PART": PART, "COLUMNS": columns, "LINE": line_of(columns),
     }  # fmt: skip
-
-
-def few(tile: dict[str, Any]) -> dict[str, int]:
-    """Registers so few that two programs of kernels/windows.py fit on a multiprocessor, where they are enough."""
-    able = "MEMBERS" in tile and tile["D"] <= 128 and tile["COLUMNS"] <= 2 * TILE and not torch.version.hip
-    return {"maxnreg": 128} if able else {}
 
 
 def _in_halves(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """float16 twice and float32 [batch, heads], whose product is k [batch, heads, n, dim] to 22 bits."""
-    largest = k.abs().amax((-2, -1), keepdim=True) if k.numel() else k.new_zeros(*k.shape[:2], 1, 1)
-    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
-    scale = (127 + 15 - exponent << 23).view(torch.float32)  # a power of 2, with which the largest is below 2^15
-    high = (k * scale).half()
-    return high, (k * scale - high).half(), 1 / scale.flatten(1)
+    k = k.float().contiguous()
+    high, low = torch.empty(2, *k.shape, dtype=torch.float16, device=k.device)
+    if not k.numel():
+        return high, low, k.new_ones(k.shape[:2])
+    largest = torch.linalg.vector_norm(k, math.inf, (-2, -1))
+    sizes, numbers = torch.empty_like(largest), k.shape[2] * k.shape[3]
+    programs = largest.numel() * cdiv(numbers, HALVED)
+    launch(halved, programs, (k, largest, high, low, sizes, numbers, HALVED))
+    return high, low, sizes
 
 
 def narrow(q: Tensor) -> bool:

@@ -11,7 +11,6 @@ from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared
 from manyheads.engines.triton.chunked.forward import constants, starts_of, tiles_of, walk
-from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
 from manyheads.engines.triton.chunked.kernels import back as backs
 from manyheads.engines.triton.chunked.kernels import gradients as gradient_kernels
@@ -108,9 +107,6 @@ def back(
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """As `walk`, from the end."""
-    if channels.takes(call):
-        channels.back(call, made, starts, do, end=end, z=z, dv=dv, states=states, local=local)
-        return
     if hopper.takes(call) if local is None else hopper.takes_segments(call):
         hopper.back(call, made, starts, do, end=end, z=z, dv=dv, states=states, local=local)
         return

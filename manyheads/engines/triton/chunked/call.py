@@ -11,7 +11,6 @@ from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
-from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
 from manyheads.engines.triton.chunked.kernels.pairs import pairs
 from manyheads.engines.triton.chunked.kernels.solve import solve
@@ -120,7 +119,7 @@ Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/channels.py take
+    """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/ take
     the call's q and k, and no k_out; else the call's q and k and g, and no k_out. g: sums of log decays, float32
     [batch, heads, chunks * chunk], with head_dim behind where channels have their own. fades: bounds of what chunks
     leave of a state, [rows, chunks + 1], where there are decays. beta: float32 [rows, chunks * chunk]. a, b, t: what
@@ -162,7 +161,7 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
         g = call.new(*tokens, call.head_dim)
         ends = call.new(*shape[:2], call.head_dim)
         q_in = k_in = None
-        if not channels.takes(call):
+        if not hopper.takes(call):
             q = q_in = call.like(*call.q.shape)
             k_out = call.like(call.batch, call.heads, call.kv_len, call.head_dim)
             k = k_in = None if call.beta is None else empty_like(k_out)

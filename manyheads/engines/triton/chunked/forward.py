@@ -10,7 +10,6 @@ from torch import Tensor
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper
 from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
-from manyheads.engines.triton.chunked.hopper import channels
 from manyheads.engines.triton.chunked.kernels import step as steps_kernel
 from manyheads.engines.triton.chunked.kernels import walk as walks
 from manyheads.engines.triton.launch import INTERPRETED, _like, _steps
@@ -73,9 +72,6 @@ def walk(
     local: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
     """Through every segment, for outputs or for the states before each chunk; or, for `local`, all but the last."""
-    if channels.takes(call):
-        channels.walk(call, made, starts, o=o, end=end, u=u, states=states, local=local)
-        return
     if hopper.takes(call) if local is None else hopper.takes_segments(call):
         hopper.walk(call, made, starts, o=o, end=end, u=u, states=states, local=local)
         return

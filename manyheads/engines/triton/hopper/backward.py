@@ -13,6 +13,7 @@ from manyheads.core.tiling import position_operands
 from manyheads.engines.triton import quick
 from manyheads.engines.triton.blocks import cdiv
 from manyheads.engines.triton.hopper import tables
+from manyheads.engines.triton.hopper.forward import SHARES, shares
 from manyheads.engines.triton.hopper.kernels import keys, queries, rows
 from manyheads.engines.triton.hopper.launching import (
     BLOCK_SIZES,
@@ -68,9 +69,12 @@ KEYS_TILINGS = {
     (256, True): KeysTiling(32, 2, 2, late=False, apart=True),
 }
 HALVES_TILINGS = {
-    64: KeysTiling(64, 3, 3, late=False, halves=True),
-    128: KeysTiling(64, 2, 2, late=False, halves=True),
-    256: KeysTiling(32, 1, 1, late=False, apart=True, halves=True),
+    (64, False): KeysTiling(128, 3, 2, late=False, halves=True),
+    (64, True): KeysTiling(64, 3, 3, late=False, halves=True),
+    (128, False): KeysTiling(64, 2, 2, late=False, halves=True),
+    (128, True): KeysTiling(64, 2, 2, late=False, halves=True),
+    (256, False): KeysTiling(32, 1, 1, late=False, apart=True, halves=True),
+    (256, True): KeysTiling(32, 1, 1, late=False, apart=True, halves=True),
 }
 QUERIES_TILINGS = {
     64: QueriesTiling(64, 4, 4, held=True),
@@ -81,11 +85,10 @@ QUERIES_TILINGS = {
 
 def keys_tiling_of(form: Scores, x: Inputs, chosen: Tiles | None = None) -> KeysTiling:
     """With a score function, a sign to keep, dropout, or bits of blocks, fewer registers are left."""
-    if chosen is not None and chosen.halves:
-        return HALVES_TILINGS[wide(max(x.q.shape[3], x.v_head_dim))]
     scored = form.program.has_score or form.normaliser == "signed" or x.dropout is not None
     scored = scored or bits_of(chosen)[0] is not None
-    return KEYS_TILINGS[wide(max(x.q.shape[3], x.v_head_dim)), scored]
+    tilings = HALVES_TILINGS if chosen is not None and chosen.halves else KEYS_TILINGS
+    return tilings[wide(max(x.q.shape[3], x.v_head_dim)), scored]
 
 
 def queries_tiling_of(x: Inputs) -> QueriesTiling:
@@ -107,11 +110,11 @@ QUERIES = Kernel(
     queries, "queries",
     (
         "q_desc", "do_desc", "k_desc", "v_desc", "dq_desc", "top", "delta", "q_at", "kv_at", "table", *COUNTS, "scale",
-        *DROPOUT, "bits", "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr", "KIND: tl.constexpr",
-        "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr", "HELD: tl.constexpr",
-        *BLOCK_SIZES, "PARTS: tl.constexpr",
+        *DROPOUT, "bits", *SHARES, "Q_STAGES: tl.constexpr", "K_STAGES: tl.constexpr", "V_STAGES: tl.constexpr",
+        "KIND: tl.constexpr", "MASKED: tl.constexpr", "POSITIONS: tl.constexpr", "NORMALISER: tl.constexpr",
+        "HELD: tl.constexpr", *BLOCK_SIZES, "PARTS: tl.constexpr",
     ),
-    (*COUNTS, "threshold"), FUNCTIONS,
+    (*COUNTS, "threshold", *SHARES), FUNCTIONS,
 )  # fmt: skip
 
 
@@ -193,13 +196,15 @@ def _queries(call: _Call, tiling: QueriesTiling) -> Tensor:
     parts = parts_of(call.chosen, x, keys)
     tiles, table = cdiv(x.q_len, ROWS), call.table((ROWS, keys // parts))
     bits, *sizes = bits_of(call.chosen, parts)
+    kind, *kinds = call.kinds(table, x.kv_len % keys != 0, parts)
+    programs, *share = shares(x.batch * x.heads * tiles, kind, wide(max(x.q.shape[3], x.v_head_dim)))
     own = (
         descriptor(x.q, ROWS // 2), descriptor(call.do, ROWS // 2), descriptor(x.k, keys, parts),
         descriptor(x.v, keys, parts), descriptor(dq, ROWS // 2), call.top, call.delta, *call.at,
-        *call.steps(table, tiles), *call.numbers, bits, k_stages, v_stages,
-        *call.kinds(table, x.kv_len % keys != 0, parts), held, *sizes, parts,
+        *call.steps(table, tiles), *call.numbers, bits, *share, 1 + (share[1] > 0), k_stages, v_stages,
+        kind, *kinds, held, *sizes, parts,
     )  # fmt: skip
-    QUERIES.run(x.batch * x.heads * tiles, own, call.source, call.arguments)
+    QUERIES.run(programs, own, call.source, call.arguments)
     return dq
 
 

@@ -62,7 +62,7 @@ def tiling_for(form: Scores, width: int) -> Tiling:
     return HALVES if takes_long and width == 128 else TILINGS[width]
 
 
-SHARES = ("several", "each")
+SHARES = ("several", "halvings", "halved")
 ATTEND = Kernel(
     attend, "attend",
     (
@@ -75,18 +75,20 @@ ATTEND = Kernel(
 )  # fmt: skip
 
 
-MOST, LEFT = 4, 528  # rows of tiles of one program; rows that are left for programs of one, four for each processor
+# Rows of tiles of one program, as a power of two; programs of each smaller number, but for those of one row; rows that
+# are left for these: one and a half, and two, for each processor.
+HALVINGS, HALVED, LEFT = 4, 198, 264
 
 
-def shares(rows: int, kind: int, width: int) -> tuple[int, int, int]:
-    """Programs for so many rows of tiles, and SHARES, as kernels/several.py has them. There are four programs of many
-    rows for each processor or more, and the last rows are taken one by one by whoever is free. Where nothing is listed
-    rows are long, and wide ones leave no room for the next row's queries: programs have one."""
-    each = min(MOST, (rows - LEFT) // LEFT)
-    if kind < LISTS or width > 128 or each < 2:
-        return rows, 0, 1
-    several = (rows - LEFT) // each
-    return rows - several * (each - 1), several, each
+def shares(rows: int, kind: int, width: int) -> tuple[int, int, int, int]:
+    """Programs for so many rows of tiles, and SHARES, as kernels/several.py has them. Where nothing is listed rows are
+    long, and wide ones leave no room for the next row's queries: programs have one."""
+    halvings = max(p for p in range(HALVINGS + 1) if not p or rows >= HALVED * (2**p - 2) + LEFT)
+    if kind < LISTS or width > 128 or not halvings:
+        return rows, 0, 0, HALVED
+    smaller = HALVED * (2**halvings - 2)
+    several = (rows - smaller - LEFT) >> halvings
+    return rows - several * (2**halvings - 1) - smaller + HALVED * (halvings - 1), several, halvings, HALVED
 
 
 def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ def run(form: Scores, x: Inputs, tiling: Tiling | None = None, chosen: Tiles | N
         descriptor(o, QUERIES // 2), lse,
         None if form.sink is None else x.operands[form.sink].detach().float().contiguous(), *at, values,
         *steps_of(table, shape), heads, heads // x.kv_heads, q_len, x.kv_len, *starts, *steps, scale,
-        *dropping(x), bits, *share, min(share[1], 2), stages, kind,
+        *dropping(x), bits, *share, 1 + (share[1] > 0), stages, kind,
         masked(table, x.kv_len % keys != 0, at[0], cut(chosen, parts)), at[0] is not None,
         NORMALISERS[form.normaliser], deep, *sizes, parts,
     )  # fmt: skip

@@ -5,7 +5,58 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from manyheads.engines.triton.choosing.kernels.rows import columns_of, heaviest, ordered, total
+
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _terms(x, middle):
+    """x log2(x / middle), and 0 where x is."""
+    some = x > 0
+    return tl.where(some, x * (tl.log2(tl.where(some, x, 1.0)) - tl.log2(tl.where(some, middle, 1.0))), 0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "queries", "n", "scale", "wanted", "near", "least"])
+def stripes(
+    q, k, mass, space, kept, share, heads, group, queries, n, q_b, q_h, q_m, scale, wanted, near, least,
+    D: tl.constexpr, PD: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """kept uint8 [2, heads, n] and share float32 [heads] as core/crossing.py has them: of q [batch, heads, queries, D]
+    with these strides, k float32 [batch, heads / group, n, D], mass float32 [2, heads, n]. space: float32 [heads,
+    COLUMNS]. Grid: the heads of all rows."""
+    head, of_all = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    part, dims = tl.arange(0, PART), tl.arange(0, PD)
+    inside = (dims < D)[None, :]
+    at = q + head // heads * q_b + head % heads * q_h + dims[None, :]
+    mean = tl.zeros([PART, PD], tl.float32)
+    for first in range(0, queries, PART):
+        row = (first + part)[:, None]
+        mean += tl.load(at + row.to(tl.int64) * q_m, mask=(row < queries) & inside, other=0.0).to(tl.float32)
+    x = tl.sum(mean, 0)[None, :] * (scale * LOG2E / tl.maximum(queries, 1))
+    k += (head // heads * (heads // group) + head % heads // group) * n * D
+    for first in range(0, n, PART):
+        column = (first + part)[:, None]
+        y = tl.load(k + column * D + dims[None, :], mask=(column < n) & inside, other=0.0)
+        tl.store(space + head * COLUMNS + first + part, tl.sum(y * x, 1), mask=first + part < n)
+    tl.debug_barrier()
+    columns = columns_of(COLUMNS // LINE, LINE)
+    there = columns < n
+    s = tl.load(space + head * COLUMNS + columns, mask=there, other=float("-inf"))
+    p = tl.exp2(s - tl.max(tl.max(s, 1), 1)[:, None, None])
+    p = p / total(p)[:, None, None]
+    shown = tl.load(mass + head * n + columns, mask=there, other=0.0)
+    middle = (p + shown) / 2
+    divergence = tl.sum(total(_terms(p, middle) + _terms(shown, middle)), 0) / (2 * LOG2E)
+    alike = tl.sqrt(tl.where(divergence < 0, 0.0, divergence)) < near
+    tl.store(share + head, tl.where(alike, wanted, 0.0))
+
+    both = (tl.arange(0, 2)[:, None, None] * of_all + head) * n + columns
+    x = tl.load(mass + both, mask=there, other=0.0)
+    order = tl.where(columns == 0, 0xFFFFFFFF, tl.where(there, ordered(x), 0)).to(tl.uint32)
+    needed = tl.where(alike, 0.0, tl.where(wanted < 1, wanted, float("inf")))  # a share of 1 is all
+    chosen = heaviest(order, x, columns, tl.zeros([2], tl.float32) + needed, least, True, True, 32)
+    tl.store(kept + both, chosen.to(tl.uint8), mask=there)
 
 
 @triton.jit

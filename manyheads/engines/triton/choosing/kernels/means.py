@@ -8,12 +8,17 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["heads", "blocks", "length", "before", "size"])
 def means(
-    x, out, heads, blocks, length, before, size, x_b, x_h, x_n, ROWS: tl.constexpr, D: tl.constexpr, PD: tl.constexpr
-):
-    """out float32 [batch, heads, blocks, D] of x [batch, heads, length, D] with these strides. before: tokens that the
-    first block has not. Grid: batch * heads * blocks."""
+    x, out, share, heads, blocks, length, before, size, x_b, x_h, x_n, ROWS: tl.constexpr, D: tl.constexpr,
+    PD: tl.constexpr,
+):  # fmt: skip
+    """out float32 [batch, heads, blocks, D] of x [batch, heads, length, D] with these strides, where share float32
+    [batch, heads] is more than 0, or there is none. before: tokens that the first block has not.
+    Grid: batch * heads * blocks."""
     pid = tl.program_id(0).to(tl.int64)
     head = pid // blocks
+    if share is not None:  # noqa: SIM102  Triton has no `and` of what is known and what is not
+        if tl.load(share + head) <= 0:
+            return
     begin = pid % blocks * size - before
     end = tl.minimum(begin + size, length)
     begin = tl.maximum(begin, 0)

@@ -23,6 +23,23 @@ def in_halves(x):
     return (x * inverse[:, None]).to(tl.float16), size
 
 
+@triton.jit(do_not_specialize=["each"])
+def halved(k, largest, high, low, sizes, each, N: tl.constexpr):
+    """high and low float16 [heads, each], which times sizes float32 [heads], a power of 2, are k float32 [heads,
+    each] to 22 bits. largest: of what k has without a sign, float32 [heads]. Grid: heads * each / N."""
+    parts = tl.cdiv(each, N)
+    head = (tl.program_id(0) // parts).to(tl.int64)
+    place = tl.program_id(0) % parts * N + tl.arange(0, N)
+    exponent = (tl.load(largest + head).to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    scale = (127 + 15 - exponent << 23).to(tl.float32, bitcast=True)  # with which the largest is below 2^15
+    x = tl.load(k + head * each + place, mask=place < each, other=0.0) * scale
+    first = x.to(tl.float16)
+    tl.store(high + head * each + place, first, mask=place < each)
+    tl.store(low + head * each + place, (x - first.to(tl.float32)).to(tl.float16), mask=place < each)
+    tl.store(sizes + head, (127 - 15 + exponent << 23).to(tl.float32, bitcast=True))
+
+
 @triton.jit
 def products(q, k, low, columns, n, k_n, D: tl.constexpr, PD: tl.constexpr, PRECISION: tl.constexpr):
     """q.k float32 [R, N] of a tile q [R, PD] and the rows `columns` of k, k_n apart, of q's dtype. low: the second part

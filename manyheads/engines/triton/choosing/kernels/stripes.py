@@ -79,6 +79,30 @@ def parts(
             tl.store(sums + (columns + diagonal) * queries, tl.sum(tl.where(inside, weights, 0.0), 1), mask=there)
 
 
+@triton.jit(do_not_specialize=["queries", "tiles"])
+def divisors(totals, out, queries, tiles, TILES: tl.constexpr, ROWS: tl.constexpr):
+    """out float32 [heads, queries]: log2 of the sums over tiles of 2^totals [heads, tiles, queries]; 0 where nothing is
+    seen. Grid: heads * queries / ROWS."""
+    parts = tl.cdiv(queries, ROWS)
+    head = (tl.program_id(0) // parts).to(tl.int64)
+    query = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    top = tl.full([TILES, ROWS], float("-inf"), tl.float32)
+    whole = tl.zeros([TILES, ROWS], tl.float32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        there = (tile < tiles)[:, None] & (query < queries)[None, :]
+        x = tl.load(totals + (head * tiles + tile)[:, None] * queries + query[None, :], mask=there, other=float("-inf"))
+        higher = tl.maximum(top, x)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        whole = whole * tl.exp2(top - safe) + tl.exp2(x - safe)
+        top = higher
+    highest = tl.max(top, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    whole = tl.sum(whole * tl.exp2(top - highest[None, :]), 0)
+    found = highest + tl.log2(tl.where(whole > 0, whole, 1.0))
+    tl.store(out + head * queries + query, found, mask=query < queries)
+
+
 @triton.jit(do_not_specialize=["queries", "n", "tiles", "blocks", "size", "columns", "diagonals"])
 def stripes(
     tops, divisor, sums, out, queries, n, tiles, blocks, size, columns, diagonals, ROWS: tl.constexpr,

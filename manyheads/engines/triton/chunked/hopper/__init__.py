@@ -25,25 +25,35 @@ if TYPE_CHECKING:  # it asks here how many segments there are
 
 HALF = 64  # values of a state that a warp group holds
 KEYS, VALUES = (64, 128), (64, 128, 256)
-STAGES, BACK_STAGES = 3, 2
+STAGES, BACK_STAGES = 3, 2  # where channels decay by themselves, BACK_STAGES in both
 OPTIONS = {"num_warps": 4}
 
 Added = tuple[Tensor, Tensor, Tensor | None]  # what segments add to a state, totals, and what they make of it
 
 
 def takes(call: Call) -> bool:
-    """Whether the kernels here have what a call needs: features of certain numbers, two bytes, decays of whole steps,
-    and a query for each key, as the hardware stores no box that begins before a tensor."""
-    return fits(call) and call.head_dim in KEYS and call.v_head_dim in VALUES and not call.ahead
+    """Whether the walks here have what a call needs: features of certain numbers, two bytes, and a query for each key,
+    as the hardware stores no box that begins before a tensor. Where channels decay by themselves both ways are taken,
+    with all segments, or neither: the plain ones are given other things."""
+    if not narrow(call) or call.head_dim not in KEYS or call.v_head_dim not in VALUES or call.ahead:
+        return False
+    if call.g is None or not call.channels:
+        return True
+    return call.g.dtype.itemsize <= 4 and call.v_head_dim <= 2 * HALF and _whole(call)
 
 
 def takes_segments(call: Call) -> bool:
-    """Whether they have what a segment makes of a state before it: where writes correct, [head_dim, head_dim]."""
-    return takes(call) and (call.beta is None or call.head_dim == call.v_head_dim == 2 * HALF)
+    """Whether they have what a segment makes of a state before it."""
+    return takes(call) and _whole(call)
+
+
+def _whole(call: Call) -> bool:
+    """Where writes correct, that is [head_dim, head_dim], and is made as if it were a state."""
+    return call.beta is None or call.head_dim == call.v_head_dim == 2 * HALF
 
 
 def fits(call: Call) -> bool:
-    """What all kernels but those of channels.py ask for: two bytes for each number, and decays of whole steps."""
+    """What all other kernels ask for: two bytes for each number, and decays of whole steps."""
     return narrow(call) and not call.channels
 
 
@@ -76,10 +86,10 @@ def _walk(
     out = o if o is not None else u
     own = (
         q, k, v, *_sides(call, made), v if out is None else _half(out, call.chunk),
-        v if states is None else _states(call, states), starts, end, transition, totals,
+        v if states is None else _states(call, states), _ends(call, made), made.a, starts, end, transition, totals,
         None if local is None else made.fades, call.heads, 1 if backwards else call.group, *_spans(call, local),
-        call.scale, call.v_head_dim, STAGES, o is not None, states is not None, backwards, made.g is not None,
-        made.t is not None,
+        call.scale, call.v_head_dim, BACK_STAGES if call.channels else STAGES, o is not None, states is not None,
+        backwards, call.g is not None, made.t is not None,
     )  # fmt: skip
     quick.launch(walks.walk, _programs(call, local), own, **OPTIONS)
 
@@ -96,9 +106,9 @@ def back(
     own = (
         q, descriptor(call.k, call.chunk), half, *_sides(call, made),
         half if z is None else _half(z, call.chunk), half if dv is None else _half(dv, call.chunk),
-        half if states is None else _states(call, states), starts, end, transition, totals,
+        half if states is None else _states(call, states), _ends(call, made), made.a, starts, end, transition, totals,
         None if local is None else made.fades, call.heads, call.group, *_spans(call, local), call.scale,
-        call.v_head_dim, BACK_STAGES, made.g is not None, made.t is not None,
+        call.v_head_dim, BACK_STAGES, call.g is not None, made.t is not None,
     )  # fmt: skip
     return quick.launch(backs.back, _programs(call, local), own, **OPTIONS)
 
@@ -106,7 +116,7 @@ def back(
 def takes_fused(call: Call) -> bool:
     """Whether `fused` has what a call needs. What is written has to have float32's range: dbeta is of u / beta."""
     wide = call.head_dim == call.v_head_dim == 2 * HALF
-    return takes(call) and wide and (call.beta is None or call.q.dtype == torch.bfloat16)
+    return takes(call) and fits(call) and wide and (call.beta is None or call.q.dtype == torch.bfloat16)
 
 
 def fused(
@@ -146,12 +156,23 @@ def _states(call: Call, states: Tensor) -> quick.Box:
 
 
 def _sides(call: Call, made: Prepared) -> tuple[quick.Box, quick.Box, quick.Box]:
-    """T, decays and strengths of each chunk."""
+    """T, decays and strengths of each chunk. Decays are sums, but those of channels are as they came."""
     chunk, chunks = call.chunk, call.rows * call.chunks
     t = None if made.t is None else _flat(made.t, (chunks * chunk, chunk), (chunk, chunk))
-    g, beta = (None if x is None else _flat(x, (chunks, chunk), (1, chunk)) for x in (made.g, made.beta))
+    beta = None if made.beta is None else _flat(made.beta, (chunks, chunk), (1, chunk))
+    if call.g is not None and call.channels:
+        g = descriptor(call.g, chunk)
+    else:
+        g = None if made.g is None else _flat(made.g, (chunks, chunk), (1, chunk))
     spare = g or beta or descriptor(call.k, chunk)
     return t or spare, g or spare, beta or spare
+
+
+def _ends(call: Call, made: Prepared) -> quick.Box | None:
+    """The last sums of each chunk, where channels decay by themselves."""
+    if made.ends is None or not call.channels:
+        return None
+    return _flat(made.ends, (call.rows * call.chunks, call.head_dim), (1, call.head_dim))
 
 
 def _flat(x: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> quick.Box:

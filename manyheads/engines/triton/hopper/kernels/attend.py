@@ -12,7 +12,7 @@ is written beyond it is dropped.
 
 from __future__ import annotations
 
-from manyheads.engines.triton.hopper.kernels.common import LOG2E, changed, positions_of, row_of, seen_of
+from manyheads.engines.triton.hopper.kernels.common import LOG2E, RANGES, changed, positions_of, row_of, seen_of
 from manyheads.engines.triton.hopper.kernels.dropping import key_of
 from manyheads.engines.triton.hopper.kernels.gathered import keys_at, load_keys
 from manyheads.engines.triton.hopper.kernels.listed import listed_of, pairs_of, words_of
@@ -216,15 +216,15 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "table_batch", "table_head", "table_row", "heads", "group", "q_len", "kv_len", "q_start", "kv_start",
-        "q_at_step", "kv_at_step", "threshold", "several", "each",
+        "q_at_step", "kv_at_step", "threshold", "several", "halvings", "halved",
     ]
 )  # fmt: skip
 def attend(
     q_desc, k_desc, v_desc, o_desc, lse, sink, q_at, kv_at, table, table_batch, table_head, table_row,
     heads, group, q_len, kv_len, q_start, kv_start, q_at_step, kv_at_step, scale, seed, threshold, inflation,
-    bits, several, each, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, MASKED: gl.constexpr,
-    POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DEEP: gl.constexpr, QUERY_BLOCK: gl.constexpr,
-    KEY_BLOCK: gl.constexpr, PARTS: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr,
+    bits, several, halvings, halved, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr,
+    MASKED: gl.constexpr, POSITIONS: gl.constexpr, NORMALISER: gl.constexpr, DEEP: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr, PARTS: gl.constexpr, A, MASK: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """o and lse [batch, heads, q_len] of tiles of queries of one head each.
 
@@ -232,7 +232,7 @@ def attend(
     q_at, kv_at: if POSITIONS, int32 positions [batch, len], -1 for an absent token.
     seed, threshold, inflation: of dropout, see core/dropout.py, or None three times.
     bits, QUERY_BLOCK, KEY_BLOCK: of blocks that are no tiles, see listed.py, or None, 0 and 0.
-    several, each: which rows a program has; Q_STAGES: 1 if all have one row, else 2.
+    several, halvings, halved: which rows a program has; Q_STAGES: 1 if all have one row, else 2.
     PARTS: entries of a list that are one tile of keys, see gathered.py.
     A: what the functions score(s, b, h, i, j, A) and mask(b, h, i, j, A) read. MASKED: there are tiles to mask.
     """
@@ -242,7 +242,15 @@ def attend(
     V_DIM: gl.constexpr = o_desc.block_shape[3]
     dtype: gl.constexpr = q_desc.dtype
     tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
-    first, count = share_of(gl.program_id(0), several, each)
+    first = gl.program_id(0)
+    count = 1
+    if Q_STAGES > 1:
+        first, count = share_of(first, several, halvings, halved)
+    if KIND == RANGES and MASK is None:  # of queries in rounds; where a mask has ranges, reading them takes time
+        _, _, _, _, line = place_of(first, tiles, heads, table, table_batch, table_head, table_row)
+        _, n, _, _, _ = row_of(line, 0, 0, KIND)
+        if n < 0:  # nobody asks for these queries
+            return
     q0 = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, ROWS, DIM], q_desc.layout)
     q1 = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, ROWS, DIM], q_desc.layout)
     ks = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, DIM], q_desc.layout)

@@ -7,10 +7,14 @@ from manyheads.engines.triton.hopper.names import gl, gluon
 
 
 @gluon.jit
-def share_of(pid, several, each):
-    """The first row of a program, and how many it has: the first `several` programs have `each`, the others one."""
-    many = pid < several
-    return gl.where(many, pid * each, several * each + pid - several), gl.where(many, each, 1)
+def share_of(pid, several, halvings, halved):
+    """The first row of a program, and how many it has: the first `several` programs have 2^halvings, the next `halved`
+    half of that, and so on; the last ones have one, so that all processors end at nearly the same time."""
+    each = 1 << halvings
+    power = gl.where(pid < several, 0, gl.minimum((pid - several) // halved + 1, halvings))
+    count = each >> power
+    after = several * each + halved * (each - 2 * count) + (pid - several - (power - 1) * halved) * count
+    return gl.where(power == 0, pid * each, after), count
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from manyheads.engines.triton.hopper.names import (
     gl,
     gluon,
     mbarrier,
-    tma_load,
+    reinterpret,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,65 +31,34 @@ PART = gl.constexpr(64)  # channels at a time: their decays' room takes all of t
 
 
 @gluon.jit
-def producer(
-    given, v0s, v1s, column, HALVES: gl.constexpr, QUERIES: gl.constexpr, BACKWARDS: gl.constexpr,
-    CORRECTS: gl.constexpr,
-):  # fmt: skip
-    """Values are of `v_head`."""
-    q_desc, k_desc, v_desc, t_desc, g_desc, ends_desc, beta_desc, slots, span, b, h, kv_head, v_head = given
-    qs, ks, gs, ends, ts, betas, _, full, _, free = slots
-    line, begin, stop, chunks = span
-    STAGES: gl.constexpr = ks.shape[0]
-    C: gl.constexpr = ks.shape[3]
-    D: gl.constexpr = ks.shape[4]
-    HALF: gl.constexpr = v0s.shape[4]
-    ROWS: gl.constexpr = (D * (2 if QUERIES else 1) + HALVES * HALF + (C if CORRECTS else 0)) * 2
-    DECAYS: gl.constexpr = D * (4 if gs.dtype == gl.float32 else 2)
-    BYTES: gl.constexpr = C * (ROWS + DECAYS + (4 if CORRECTS else 0)) + D * 4
-    for n in range(begin, stop):
-        step = n - begin
-        c = chunks - 1 - n if BACKWARDS else n
-        slot = step % STAGES
-        here = full.index(slot)
-        mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(here, BYTES)
-        tma_load(g_desc, [b, h, c * C, 0], here, gs.index(slot))
-        tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
-        tma_load(k_desc, [b, kv_head, c * C, 0], here, ks.index(slot))
-        if QUERIES:
-            tma_load(q_desc, [b, h, c * C, 0], here, qs.index(slot))
-        tma_load(v_desc, [b, v_head, c * C, column], here, v0s.index(slot))
-        if HALVES == 2:
-            tma_load(v_desc, [b, v_head, c * C, column + HALF], here, v1s.index(slot))
-        if CORRECTS:
-            tma_load(t_desc, [(line + c) * C, 0], here, ts.index(slot))
-            tma_load(beta_desc, [line + c, 0], here, betas.index(slot))
-
-
-@gluon.jit
 def keys_out(gs, ks, slot):
     """k e^(P - G), where the decays were."""
-    return (
-        gs.index(slot)
-        ._reinterpret(ks.dtype, [1, 1, ks.shape[3], ks.shape[4]], ks.layout)
-        .reshape([ks.shape[3], ks.shape[4]])
-    )
+    C: gl.constexpr = ks.shape[3]
+    D: gl.constexpr = ks.shape[4]
+    N: gl.constexpr = 2 if gs.dtype == gl.float32 else 1
+    return reinterpret(gs.index(slot), ks.dtype, [N, 1, 1, C, D], ks.layout).index(0).reshape([C, D])
 
 
 @gluon.jit
-def prepare(
-    slots, inner, A, span, scale, QUERIES: gl.constexpr, INNER: gl.constexpr, BACKWARDS: gl.constexpr,
-):  # fmt: skip
-    """INNER: and A' of each chunk, [keys, queries]; BACKWARDS scale A, [queries, keys]."""
-    qs, ks, gs, ends, _, _, scales, full, ready, free = slots
+def times(S, scales, place):
+    """A state, each of its channels times its scale."""
+    return S * gl.expand_dims(scales.index(place).load(gl.SliceLayout(0, S.type.layout)), 0)
+
+
+@gluon.jit
+def prepare(slots, inner, A, span, scale, BACKWARDS: gl.constexpr):
+    """Where there is q, also A' of each chunk, [keys, queries]; BACKWARDS scale A, [queries, keys]. BACKWARDS without q
+    k is q, and nobody asks for k e^(P - G)."""
+    qs, ks, _, _, _, gs, ends, scales, full, ready, free = slots
     inners, inner_full, inner_free = inner
     line, begin, stop, chunks = span
+    QUERIES: gl.constexpr = qs is not None
+    KEYS_OUT: gl.constexpr = QUERIES or not BACKWARDS
     STAGES: gl.constexpr = ks.shape[0]
     C: gl.constexpr = ks.shape[3]
     D: gl.constexpr = ks.shape[4]
     dtype: gl.constexpr = ks.dtype
     layout: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [4, 1], [1, 0])
-    channels: gl.constexpr = gl.SliceLayout(0, layout)
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     BOUND: gl.constexpr = LEAST_HALF if dtype == gl.float16 else LEAST
     zero = gl.full([C, C], 0.0, gl.float32, square)
@@ -102,13 +71,13 @@ def prepare(
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
         out = keys_out(gs, ks, slot)
         k = ks.index(slot).reshape([C, D])
-        q = qs.index(slot).reshape([C, D])
+        q = qs.index(slot).reshape([C, D]) if QUERIES else None
         decays = gs.index(slot).reshape([C, D])
         low = 0.0
         for part in gl.static_range(D // PART):
             g = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
             sums = gl.associative_scan(gl.where(g < LEAST_DECAY, LEAST_DECAY, g), 0, add)
-            end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(channels)
+            end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(gl.SliceLayout(0, layout))
             low = gl.minimum(low, gl.min(end, 0))
             room = end >= BOUND
             half = gl.where(room, 0.5 * end, 0.0)
@@ -118,7 +87,8 @@ def prepare(
             k_part = k.slice(part * PART, PART, dim=1)
             keys = k_part.load(layout).to(gl.float32)
             k_part.store((keys * left).to(dtype))
-            out.slice(part * PART, PART, dim=1).store((keys * right).to(dtype))
+            if KEYS_OUT:
+                out.slice(part * PART, PART, dim=1).store((keys * right).to(dtype))
             if QUERIES:
                 q_part = q.slice(part * PART, PART, dim=1)
                 q_part.store((q_part.load(layout).to(gl.float32) * left).to(dtype))
@@ -126,7 +96,7 @@ def prepare(
             scales.index(2 * slot + 1).slice(part * PART, PART).store(gl.exp2(whole))
         fence_async_shared()
         mbarrier.arrive(ready.index(slot))
-        if INNER:
+        if QUERIES:
             a = step % inners.shape[0]
             if BACKWARDS:
                 later = warpgroup_mma(q, out.permute((1, 0)), zero, use_acc=False, is_async=True)

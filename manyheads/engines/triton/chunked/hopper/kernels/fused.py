@@ -26,7 +26,7 @@ from manyheads.engines.triton.chunked.hopper.kernels.fused_walker import (
     U_FULL,
     walker,
 )
-from manyheads.engines.triton.chunked.hopper.kernels.parts import work_of
+from manyheads.engines.triton.chunked.hopper.kernels.parts import barriers, numbers, room, rooms, squares, work_of
 from manyheads.engines.triton.hopper.names import (
     gl,
     gluon,
@@ -107,38 +107,23 @@ def fused(
     if START is not None:
         START += (bh * segments + segment).to(gl.int64) * (D * DV)
     END += bh.to(gl.int64) * (D * DV)
-    qs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, C, D], q_desc.layout)
-    ks = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, C, D], k_desc.layout)
-    do0s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, C, HALF], do_desc.layout)
-    do1s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, C, HALF], do_desc.layout)
-    s0 = gl.allocate_shared_memory(dtype, [1, 1, D, HALF], states_desc.layout)
-    s1 = gl.allocate_shared_memory(dtype, [1, 1, D, HALF], states_desc.layout)
-    u0 = gl.allocate_shared_memory(dtype, [1, 1, 1, C, HALF], u_desc.layout)
-    u1 = gl.allocate_shared_memory(dtype, [1, 1, 1, C, HALF], u_desc.layout)
-    behind0 = gl.allocate_shared_memory(dtype, [1, 1, D, HALF], states_desc.layout)
-    behind1 = gl.allocate_shared_memory(dtype, [1, 1, D, HALF], states_desc.layout)
-    dv0 = gl.allocate_shared_memory(dtype, [1, 1, 1, C, HALF], dv_desc.layout)
-    dv1 = gl.allocate_shared_memory(dtype, [1, 1, 1, C, HALF], dv_desc.layout)
-    inners = gl.allocate_shared_memory(dtype, [1, C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
-    ps = gl.allocate_shared_memory(dtype, [1, C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
-    kept0 = gl.allocate_shared_memory(gl.float32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    kept1 = gl.allocate_shared_memory(gl.float32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    gone0 = gl.allocate_shared_memory(gl.float32, [2, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    gone1 = gl.allocate_shared_memory(gl.float32, [2, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    owns = gl.allocate_shared_memory(gl.float32, [2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    qs, ks = room(q_desc, STAGES), room(k_desc, STAGES)
+    do0s, do1s = rooms(do_desc, STAGES, 2)
+    s0, s1 = rooms(states_desc, 1, 2)
+    u0, u1 = rooms(u_desc, 1, 2)
+    behind0, behind1 = rooms(states_desc, 1, 2)
+    dv0, dv1 = rooms(dv_desc, 1, 2)
+    inners, ps = squares(1, C, dtype), squares(1, C, dtype)
+    kept0, kept1 = numbers(2, 32), numbers(2, 32)
+    gone0, gone1, owns = numbers(2, HALF), numbers(2, HALF), numbers(2, C)
     ts = ps
     gs = ks
     betas = ks
     if CORRECTS:
-        ts = gl.allocate_shared_memory(dtype, [1, C, C], t_desc.layout)
-        betas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], beta_desc.layout)
+        ts, betas = room(t_desc, 1), room(beta_desc, STAGES)
     if GATED:
-        gs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], g_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=2)
+        gs = room(g_desc, STAGES)
+    full, free = barriers(STAGES, 1), barriers(STAGES, 2)
     bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(BARRIERS):
         if place == S_FREE or (place == U_FREE and DECAYS):  # read by all three

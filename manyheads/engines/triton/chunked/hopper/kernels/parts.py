@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from manyheads.engines.triton.chunked.kernels import common
-from manyheads.engines.triton.hopper.names import (
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from manyheads.engines.triton.hopper.names import gl, gluon, mbarrier
 
 FORGOTTEN, SEEN = gl.constexpr(common.FORGOTTEN.value), gl.constexpr(common.SEEN.value)
 
@@ -42,6 +35,40 @@ def work_of(heads, segments, per, chunks, ALL: gl.constexpr):
 
 
 @gluon.jit
+def room(desc, N: gl.constexpr):
+    """Shared memory for N boxes."""
+    return gl.allocate_shared_memory(desc.dtype, [N] + desc.block_shape, desc.layout)  # noqa: RUF005  Triton's lists
+
+
+@gluon.jit
+def rooms(desc, N: gl.constexpr, HALVES: gl.constexpr):
+    """The same for each consumer."""
+    first = room(desc, N)
+    return (first, room(desc, N)) if HALVES == 2 else (first,)
+
+
+@gluon.jit
+def squares(N: gl.constexpr, C: gl.constexpr, dtype: gl.constexpr):
+    """The same for N matrices of what tokens of a chunk are to each other."""
+    return gl.allocate_shared_memory(dtype, [N, C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
+
+
+@gluon.jit
+def numbers(N: gl.constexpr, D: gl.constexpr):
+    """The same for N times D numbers that no box holds."""
+    return gl.allocate_shared_memory(gl.float32, [N, D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N of them, at which COUNT warp groups arrive."""
+    made = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(N):
+        mbarrier.init(made.index(place), count=COUNT)
+    return made
+
+
+@gluon.jit
 def state_before(START, near, far, same, other):
     """A consumer's part of a state before the first chunk, 0 where nothing was. The program for TRANSITION (`other`)
     adds the identity: where v = 0, S is then what the segment makes of the state before it."""
@@ -69,46 +96,3 @@ def place_of(column, HALF: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, layo
     keys = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
     near = (keys & 6) * DV + (values & ~8) + column
     return near, (keys & ~6) * DV + (values & 8), keys == values + column
-
-
-@gluon.jit
-def pairs(
-    slots, inner, begin, stop, scale, DECAYS: gl.constexpr, TURNED: gl.constexpr,
-):  # fmt: skip
-    """A warp group's work: A_ij = scale q_i.k_j e^(G_i - G_j) where j <= i of each chunk, [queries, keys], or TURNED.
-    No scale: 1."""
-    qs, ks, _, gs, _, full, free = slots
-    inners, inner_full, inner_free = inner
-    STAGES: gl.constexpr = ks.shape[0]
-    C: gl.constexpr = ks.shape[3]
-    D: gl.constexpr = ks.shape[4]
-    AHEAD: gl.constexpr = inners.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    zero = gl.full([C, C], 0.0, gl.float32, layout)
-    row = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, layout)), 1)
-    column = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, layout)), 0)
-    for step in range(0, stop - begin):
-        slot = step % STAGES
-        a = step % AHEAD
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        q = qs.index(slot).reshape([C, D])
-        k = ks.index(slot).reshape([C, D])
-        if TURNED:
-            later = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        else:
-            later = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        inside = row <= column if TURNED else column <= row
-        if DECAYS:
-            above = gs.index(slot).load(layout)
-            beside = gs.index(slot).permute((1, 0)).load(layout)
-            fade = above - beside if TURNED else beside - above
-            product = warpgroup_mma_wait(0, deps=[later]) * gl.exp2(gl.where(inside, fade, float("-inf")))
-        else:
-            product = gl.where(inside, warpgroup_mma_wait(0, deps=[later]), 0.0)
-        if scale is not None:
-            product = product * scale
-        mbarrier.arrive(free.index(slot))
-        mbarrier.wait(inner_free.index(a), ((step // AHEAD) & 1) ^ 1)
-        inners.index(a).store(product.to(inners.dtype))
-        fence_async_shared()
-        mbarrier.arrive(inner_full.index(a))
