@@ -413,7 +413,7 @@ def recurrence(launch: str, writes: str, width: int) -> Any:
 
 
 STATES = dict.fromkeys(("START", "END", "TRANSITION", "TOTALS", "FADES", "DG", "DBETA"), "*fp32") | {"scale": "fp32"}
-STATES |= {"A": "*bf16"}
+STATES |= {"A": "*bf16"} | dict.fromkeys(("G", "ENDS", "SUMS", "BETA"), "*fp32")
 
 
 def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -429,6 +429,9 @@ def channel_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     for writes, width in (("add", 64), ("add", 128), ("delta", 128)):
         own = {"DECAYS": True, "CORRECTS": writes == "delta"}
         yield from walks_of("channels ", f"{writes} {width}", width, own)
+        given = {"CORRECTS": writes == "delta", "DIM": width, "V_DIM": 128, "g_n": width}
+        given |= {} if writes == "delta" else dict.fromkeys(("BETA", "DBETA"))
+        yield f"gradients channels {writes} {width}", partial(walked, "gradients_channels", width, given)
 
 
 def walks_of(kind: str, name: str, width: int, own: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -467,6 +470,8 @@ def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     blocks = half | dict.fromkeys(("q", "k", "dq", "dk"), (1, 1, 64, width)) | dict.fromkeys(("g", "beta"), (1, 64))
     blocks |= {"t": (64, 64), "states": (1, width, hopper.HALF), "ends": (1, width)}
     stages = hopper.STAGES if name == "walk" else hopper.BACK_STAGES
+    if name == "gradients_channels":
+        blocks = dict.fromkeys(("s", "d", "do", "u", "z", "q", "k", "dq", "dk"), (1, 1, 64, 64))
     if "ends_desc" in entry.arg_names and "ends_desc" not in constants:
         blocks |= {"g": (1, 1, 64, width)}
         stages = hopper.BACK_STAGES

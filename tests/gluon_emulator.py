@@ -313,16 +313,21 @@ def _allocate(dtype: str, shape: list[int], layout: Any) -> Any:
     return Shared(np.full(shape, np.nan, np.float32), dtype)
 
 
+def _alone(function: Any, args: Any) -> None:
+    """What a warp group does."""
+    _local.queue, _local.stores = [], []
+    with np.errstate(all="ignore"):
+        function(*args)
+    assert not _local.queue, "a matrix product is never waited for"
+    assert not _local.stores, "a copy out of shared memory is never waited for"
+
+
 def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:
     errors = []
 
     def work(function: Any, args: Any) -> None:
-        _local.queue, _local.stores = [], []
         try:
-            with np.errstate(all="ignore"):
-                function(*args)
-            assert not _local.queue, "a matrix product is never waited for"
-            assert not _local.stores, "a copy out of shared memory is never waited for"
+            _alone(function, args)
         except BaseException as error:
             errors.append(error)
 
@@ -387,7 +392,7 @@ class Kernel:
             _grid.programs = grid[0]
             for pid in range(grid[0]):
                 _grid.pid = pid
-                self.function(*given)
+                _alone(self.function, given)
 
         return launch
 

@@ -164,14 +164,19 @@ def test_what_they_take(monkeypatch):
 # ---- without a GPU ----
 
 # Words: of what is kept from one part of a chunk to another.
-SPILLED = {"back channels add 128": 72, "back channels delta 128": 80}
+SPILLED = {
+    "back channels add 128": 72, "back channels delta 128": 80, "gradients channels add 128": 49,
+    "gradients channels delta 128": 146,
+}  # fmt: skip
+TWO = (228 // 2 - 1) * 1024  # bytes of shared memory where two programs fit: each has 1024 more
 
 
 @pytest.mark.parametrize("name", [name for name, _ in compiled.channel_kernels() if not name.endswith("64")])
 def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
     made = compiled.read(dict(compiled.channel_kernels())[name]())
-    assert made.spilled <= SPILLED.get(name, 8) and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
+    limit = TWO if name.startswith("gradients") else compiled.LIMIT
+    assert made.spilled <= SPILLED.get(name, 8) and made.hgmma > 0 and made.shared <= limit, made
 
 
 # ---- on a GPU ----

@@ -55,6 +55,11 @@ def backward(
     dv = call.new(*tokens, call.v_head_dim, dtype=shared)
     back(call, made, ends, do, end=d_state, z=z, dv=dv, states=behind)
 
+    if on_hopper.takes_channels(call):
+        dq, dk = call.like(*call.q.shape), call.new(*tokens, call.head_dim, dtype=shared)
+        dg = call.new(*tokens, call.head_dim)
+        on_hopper.channels(call, made, (u, z, do, before, behind), (dq, dk, dg, dbeta))
+        return Gradients(dq, dk, dv, dg if decays else None, dbeta, d_state)
     dq = call.new(*call.q.shape, dtype=torch.float32 if call.channels else call.q.dtype)
     dk = call.new(*tokens, call.head_dim, dtype=torch.float32 if call.channels else shared)
     dg = da = db = None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
+from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
 from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
-from manyheads.engines.triton.chunked.kernels.pairs import pairs
+from manyheads.engines.triton.chunked.kernels.pairs import pairs, rapid
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
 from manyheads.engines.triton.quick import empty, empty_like, launch, zeros
@@ -119,11 +120,12 @@ Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/ take
-    the call's q and k, and no k_out; else the call's q and k and g, and no k_out. g: sums of log decays, float32
-    [batch, heads, chunks * chunk], with head_dim behind where channels have their own. fades: bounds of what chunks
-    leave of a state, [rows, chunks + 1], where there are decays. beta: float32 [rows, chunks * chunk]. a, b, t: what
-    pairs.py and solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
+    """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/ take the call's q
+    and k, and no k_out; else the call's q and k and g, and no k_out. g: sums of log decays, float32 [batch, heads,
+    chunks * chunk], with head_dim behind where channels have their own (where hopper/gradients.py finds gradients, only
+    those of fast chunks). fades: bounds of what chunks leave of a state, [rows, chunks + 1], where there are decays.
+    beta: float32 [rows, chunks * chunk]. a, b, t: what pairs.py and solve.py leave behind, [rows, chunks, chunk,
+    chunk]; None where nobody reads it."""
 
     q: Tensor
     k: Tensor | None
@@ -138,10 +140,9 @@ class Prepared:
 
     @property
     def solved(self) -> Solved:
-        """What a backward pass is given of it: little, and half as much as q where writes correct."""
-        if self.a is not None:  # of channels `pairs` makes sums and fades again
-            return None, None, self.beta, self.t
-        return self.g, self.fades, self.beta, self.t
+        """What a backward pass is given of it: little, and half as much as q where writes correct. Of sums of single
+        channels, the last ones."""
+        return self.g if self.a is None else self.ends, self.fades, self.beta, self.t
 
 
 def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prepared:
@@ -153,10 +154,16 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     unit, steps = _steps(call.q, call.k)
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
-    if fades is None and call.g is not None:
+    if fades is None and call.g is not None and not call.channels:
         fades = zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
-        g = None if call.channels else call.new(*tokens)
-    if call.channels:
+        g = call.new(*tokens)
+    if call.channels and solved is not None and on_hopper.takes_channels(call):
+        ends, a, g = g, call.like(*shape), call.new(*tokens, call.head_dim)
+        own = call.q, call.k, call.g, g, a, ends, *steps, *steps_of(call.g)
+        tile = call.tile("pairs")
+        launch(rapid, programs, (*own, *call.sizes, *common[:2], tile.columns, *common[2:]), **tile.options)
+    elif call.channels:
+        fades = zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(*tokens, call.head_dim)
         ends = call.new(*shape[:2], call.head_dim)

@@ -155,7 +155,8 @@ class Chosen:
 def chosen_of(form: Selection, x: Inputs, blocks: Blocks) -> Chosen:
     """Of what `form` chose for x, which why_not let pass."""
     whole = not (form.query_block % QUERIES or form.key_block % KEYS or _first(x, QUERIES))
-    bits = None if whole else marked(blocks, x, form.query_block, form.key_block)
+    alike = x.heads // x.kv_heads if form.together else 1
+    bits = None if whole else marked(blocks, x, form.query_block, form.key_block, alike=alike)
     return Chosen(blocks, form.query_block, form.key_block, bits)
 
 
@@ -181,11 +182,13 @@ def bits_of(chosen: Tiles | None, parts: int = 1) -> tuple[Tensor | None, int, i
 
 
 def marked(
-    blocks: Blocks, x: Inputs, query_block: int, key_block: int, front: tuple[Tensor | None, int] = (None, 0)
-) -> Tensor:
-    """Chosen.bits. front: a tensor for one number, and the number that it gets."""
+    blocks: Blocks, x: Inputs, query_block: int, key_block: int, front: tuple[Tensor | None, int] = (None, 0),
+    alike: int = 1,
+) -> Tensor:  # fmt: skip
+    """Chosen.bits. front: a tensor for one number, and the number that it gets. alike: so many heads that follow each
+    other have the same lists."""
     own, along = blocks.shared, key_block <= FEW
-    indices, counts = own.indices.contiguous(), own.counts.contiguous()
+    indices, counts = (t[:, ::alike].contiguous() for t in (own.indices, own.counts))
     batch, heads, query_blocks, width = indices.shape
     rows = cdiv(x.q_len, QUERIES) * QUERIES + _first(x, query_block)
     chunks, columns = cdiv(rows, WORD * query_block), cdiv(x.kv_len, key_block * WORD if along else key_block)
@@ -195,7 +198,7 @@ def marked(
     if batch * heads * chunks:
         with torch.cuda.device_of(bits):
             quick.launch(uniting.mark, batch * heads * chunks, arguments, num_warps=4)
-    return bits.expand(-1, x.heads, -1, -1).contiguous()
+    return bits[:, :, None].expand(-1, -1, x.heads // heads, -1, -1).flatten(1, 2)
 
 
 def _first(x: Inputs, block: int) -> int:

@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manyheads.engines.triton.chunked.kernels.common import dot, end_of, fade_of, in_base_two, load, note_fade, store
+from manyheads.engines.triton.chunked.kernels.common import (
+    LENGTHS,
+    dot,
+    end_of,
+    fade_of,
+    in_base_two,
+    load,
+    note_fade,
+    store,
+)
 
 NARROW = tl.constexpr(32)  # channels at a time where halves meet: compiled sooner than all, and without spills
 LEAST, LEAST_HALF = tl.constexpr(-120.0), tl.constexpr(-8.0)
@@ -101,6 +110,28 @@ def pairs(
             tl.store(B + place, tl.where(tokens[:, None] > tokens[None, :], of_k, 0.0).to(dtype))
     else:
         _by_halves(Q, K, G, SUMS, A, B, q_n, k_n, g_n, place, first, kv_len, ahead, D, PD, BK, C, UNIT, SIMULATED)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def rapid(
+    Q, K, G, SUMS, A, ENDS, q_b, q_h, q_n, k_b, k_h, k_n, g_b, g_h, g_n, kv_len, ahead, heads, group, D: tl.constexpr,
+    PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+):  # fmt: skip
+    """A and SUMS of one chunk, if its decays, of which ENDS are known, are not moderate."""
+    chunks = tl.cdiv(kv_len, C)
+    c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    chunk = bh.to(tl.int64) * chunks + c
+    rows, tokens = tl.arange(0, PD), tl.arange(0, C)
+    least = tl.min(tl.load(ENDS + chunk * D + rows, mask=rows < D, other=0.0), 0)
+    if moderate(least, K.dtype.element_ty == tl.float16):
+        return
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    Q += (b * q_b + h * q_h) * UNIT
+    K += (b * k_b + h // group * k_h) * UNIT
+    G += b * g_b + h * g_h
+    SUMS += chunk * C * D
+    place = chunk * C * C + tokens[:, None] * C + tokens[None, :]
+    _by_halves(Q, K, G, SUMS, A, None, q_n, k_n, g_n, place, c * C, kv_len, ahead, D, PD, BK, C, UNIT, SIMULATED)
 
 
 @triton.jit

@@ -1,0 +1,104 @@
+"""Gradients of recurrences whose channels decay by themselves, on Hopper GPUs, against eager: emulated, and on a
+GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton.experimental.gluon")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gluon_emulator as emulator
+
+from manyheads.engines.triton.chunked import call as calls
+from manyheads.engines.triton.chunked import hopper, tables
+from manyheads.engines.triton.chunked.call import Call
+from manyheads.engines.triton.chunked.hopper import gradients
+from manyheads.engines.triton.hopper import launching
+from tests.interpreter import interpret
+from tests.test_chunked import Case, errors
+
+CASES = {
+    "add": [Case("channel", 130, 130, 64, 64), Case("channel", 70, 70, 64, 128, (2, 2), decay=20.0)],
+    "correct": [Case("delta and channel", 130, 130, 128, 64, (2, 1), 2)],
+    "fast": [Case("delta and channel", 70, 70, 128, 128, decay=20.0)],
+    "slow": [Case("delta and channel", 70, 70, 64, 64, decay=0.02)],
+}
+SHARE = 2.4e-2  # of a gradient's length: numbers have 8 bits, which the interpreter cuts off, and differences of them
+
+
+def emulated(group: str) -> None:
+    """What a process of its own does: prints the errors of a group's cases, in bfloat16."""
+    modules = emulator.load("parts", "gradients_channels", package=hopper.__name__)
+    launched = []
+
+    def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
+        launched.append(programs)
+        emulator.Kernel(modules["gradients_channels"].gradients_channels)[(programs,)](*arguments)
+
+    own: Any = gradients  # what it does not import where Triton interprets
+    own.quick, own.of_channels = SimpleNamespace(launch=launch), SimpleNamespace(gradients_channels=None)
+    own.descriptor, own.kind_of = launching.descriptor, launching.kind_of
+    own.takes_channels = lambda call: True
+    calls.on_hopper = SimpleNamespace(takes_channels=lambda call: False)  # the plain walks want all that is prepared
+    found = [errors(case, torch.bfloat16, torch.device("cpu")) for case in CASES[group]]
+    assert len(launched) == len(found)
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("group", CASES)
+def test_equal_eager(group):
+    found = json.loads(interpret("test_chunked_channels_gradients", f"emulated({group!r})"))
+    for case, of_case in zip(CASES[group], found, strict=True):
+        assert max(of_case.values()) < SHARE, (case, of_case)
+
+
+def prepared_again() -> None:
+    """What a process of its own does: prints which chunks decay fast, and whether what `rapid` finds of them, and only
+    of them, is what `pairs` does."""
+    q, k, v = (F.normalize(torch.randn(1, heads, 130, 40), dim=-1).half() for heads in (4, 2, 2))
+    g = -torch.rand(1, 4, 130, 40) * torch.tensor([2.0, 1e-3, 2.0, 1e-3])[:, None, None]
+    call = Call.of(q, k, v, g, torch.rand(1, 4, 130), 1.0)
+    first: Any = calls.prepare(call, keep=False)
+    whole: Any = calls.prepare(call, True, first.solved)
+    calls.on_hopper = SimpleNamespace(takes_channels=lambda call: True)
+    calls.Call.like = lambda self, *shape: torch.full(shape, 7.0, dtype=torch.float16)  # type: ignore[method-assign]
+    again: Any = calls.prepare(call, True, first.solved)
+    sums = (x.g.view(4, 3, tables.CHUNK[2], 40) for x in (whole, again))
+    written = (again.a != 7.0).flatten(2).any(2)
+    same = [torch.equal(a[written], b[written]) for a, b in ((whole.a, again.a), tuple(sums))]
+    print(json.dumps([written.tolist(), [*same, torch.equal(first.ends, again.ends), again.b is None]]))
+
+
+def test_fast_chunks_are_prepared_again():
+    written, same = json.loads(interpret("test_chunked_channels_gradients", "prepared_again()"))
+    assert written == [[True, True, False], [False] * 3] * 2, "the last chunk has two tokens"
+    assert all(same)
+
+
+def test_what_they_take(monkeypatch):
+    def call(dtype=torch.bfloat16, head_dim=128, channels=True):
+        q = torch.zeros(1, 1, 64, head_dim, dtype=dtype)
+        return Call.of(q, q, q, torch.zeros(q.shape if channels else q.shape[:3]), None, 1.0)
+
+    assert not gradients.takes_channels(call())  # on a CPU
+    monkeypatch.setattr(hopper, "_hopper", lambda device: True)
+    assert gradients.takes_channels(call()) and gradients.takes_channels(call(head_dim=64))
+    others = call(torch.float16), call(torch.float32), call(head_dim=256), call(channels=False)
+    assert not any(gradients.takes_channels(other) for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", [case for group in CASES.values() for case in group], ids=str)
+def test_equal_eager_on_a_gpu(case):
+    assert max(errors(case, torch.bfloat16, torch.device("cuda")).values()) < SHARE
