@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
+import in_flight
 import test_chunked_walks as walks
 
 from manyheads.core.recurrence import LEAST_DECAY
@@ -174,9 +175,18 @@ TWO = (228 // 2 - 1) * 1024  # bytes of shared memory where two programs fit: ea
 @pytest.mark.parametrize("name", [name for name, _ in compiled.channel_kernels() if not name.endswith("64")])
 def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
-    made = compiled.read(dict(compiled.channel_kernels())[name]())
+    kernel = dict(compiled.channel_kernels())[name]()
+    made = compiled.read(kernel)
+    assert not in_flight.overlaps(kernel.asm["ttgir"])
     limit = TWO if name.startswith("gradients") else compiled.LIMIT
     assert made.spilled <= SPILLED.get(name, 8) and made.hgmma > 0 and made.shared <= limit, made
+
+
+def test_what_a_copy_still_reads_is_not_written_on():
+    pytest.importorskip("triton.backends.nvidia")
+    right = dict(compiled.channel_kernels())["gradients channels add 64"]().asm["ttgir"]
+    wrong = "".join(line for line in right.splitlines(True) if "async_tma_store_wait" not in line)
+    assert in_flight.overlaps(wrong) and not in_flight.overlaps(right)
 
 
 # ---- on a GPU ----

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
 import gluon_emulator as emulator
+import in_flight
 
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.backward import Gradients
@@ -152,7 +153,9 @@ SPILLED = 48  # words, which the loop over chunks needs once each
 
 @pytest.mark.parametrize("name", [name for name, _ in compiled.fused_kernels()])
 def test_uses_what_a_hopper_has(name):
-    made = compiled.read(dict(compiled.fused_kernels())[name]())
+    kernel = dict(compiled.fused_kernels())[name]()
+    made = compiled.read(kernel)
+    assert not in_flight.overlaps(kernel.asm["ttgir"])
     assert made.spilled <= SPILLED and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
 import gluon_emulator as emulator
+import in_flight
 
 CPU = torch.device("cpu")
 FORMS = ("none", "head and step", "delta", "delta and step")
@@ -62,7 +63,9 @@ SPILLED = {"Hopper gradients delta 128": 80}  # words, while the next chunk is f
 
 @pytest.mark.parametrize("name", [name for name, _ in compiled.gradient_kernels()])
 def test_uses_what_a_hopper_has(name):
-    made = compiled.read(dict(compiled.gradient_kernels())[name]())
+    kernel = dict(compiled.gradient_kernels())[name]()
+    made = compiled.read(kernel)
+    assert not in_flight.overlaps(kernel.asm["ttgir"])
     assert made.spilled <= SPILLED.get(name, 0) and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
     assert made.registers == 168, "more would leave no room for three warp groups"
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
 import gluon_emulator as emulator
+import in_flight
 
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.call import Call, Prepared
@@ -278,7 +279,9 @@ SPILLED = 8  # words, at most, beside a warp group's loop
 @pytest.mark.parametrize("name", ["walk outputs gated 128", "walk segments gated 128", "back gated 128"])
 def test_uses_what_a_hopper_has(name):
     pytest.importorskip("triton.backends.nvidia")
-    made = compiled.read(dict(compiled.walk_kernels())[name]())
+    kernel = dict(compiled.walk_kernels())[name]()
+    made = compiled.read(kernel)
+    assert not in_flight.overlaps(kernel.asm["ttgir"])
     assert made.spilled <= SPILLED and made.hgmma > 0 and made.shared <= compiled.LIMIT, made
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton.experimental.gluon")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import compiled
+import in_flight
 
 # Words that a kernel spills, where a tile that spills them ran faster than a smaller one that does not: docs/log.md.
 # Dropout has the tile of softcap; queries 256 wide spill outside of their loop.
@@ -32,7 +33,9 @@ CHECKED = [
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_uses_what_a_hopper_has(name):
-    made = compiled.read({**dict(compiled.hopper_kernels()), **dict(compiled.small_kernels())}[name]())
+    kernel = {**dict(compiled.hopper_kernels()), **dict(compiled.small_kernels())}[name]()
+    made = compiled.read(kernel)
+    assert not in_flight.overlaps(kernel.asm["ttgir"])
     assert made.spilled <= SPILLED.get(name, 0), made
     assert made.hgmma > 0 and made.shared <= compiled.LIMIT, made
     assert made.registers == 168, "more would leave no room for three warp groups"

@@ -271,8 +271,7 @@ def gradients_channels(
         _put(dk_desc, b, h, first, column, sums, dk)
     else:
         _put(dk_desc, b, h, first, column, tiles.index(U), dk.to(dtype))
-    if dk_desc.dtype == gl.float32:
-        tma_store_wait(0)
+    tma_store_wait(0)  # the sums to come may be made where what is written lies: nothing else would keep that room
     line.store(gone + line.load(across) * gl.exp2(end))
     sums.reshape([C, C]).store(own)
     own = sums.reshape([C, C]).load(tall)
@@ -280,4 +279,3 @@ def gradients_channels(
     dg = own - gl.associative_scan(own, 0, add) + later[None, :]  # a scan from the end moves numbers between threads
     DG += (row.to(gl.int64) * kv_len + first) * DIM + column
     gl.store(DG + tokens * DIM + channels, dg, mask=tokens < kv_len - first)
-    tma_store_wait(0)
