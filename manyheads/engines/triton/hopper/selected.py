@@ -198,7 +198,7 @@ def marked(
     if batch * heads * chunks:
         with torch.cuda.device_of(bits):
             quick.launch(uniting.mark, batch * heads * chunks, arguments, num_warps=4)
-    return bits[:, :, None].expand(-1, -1, x.heads // heads, -1, -1).flatten(1, 2)
+    return bits[:, :, None].expand(-1, -1, x.heads // heads, -1, -1).flatten(1, 2).contiguous()
 
 
 def _first(x: Inputs, block: int) -> int:
