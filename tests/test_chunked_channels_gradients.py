@@ -85,6 +85,43 @@ def test_fast_chunks_are_prepared_again():
     assert all(same)
 
 
+def last_sums_alone() -> None:
+    """What a process of its own does: how far the last sums and the fades that `last_sums` finds are from those of
+    `pairs`; which chunks `rapid` then writes, and whether as `pairs` does."""
+    tables.LEAST = 1  # three segments of a chunk
+    q, k, v = (F.normalize(torch.randn(1, heads, 130, 40), dim=-1).half() for heads in (4, 2, 2))
+    g = -torch.rand(1, 4, 130, 40) * torch.tensor([2.0, 1e-3, 2.0, 1e-3])[:, None, None]
+    g[0, 1, 70, 3] = 0.1
+    call = Call.of(q, k, v, g, None, 1.0)
+    first: Any = calls.prepare(call, keep=False)
+    calls.hopper = SimpleNamespace(takes=lambda call: True)
+    calls.Call.like = lambda self, *shape: torch.full(shape, 7.0, dtype=torch.float16)  # type: ignore[method-assign]
+    again: Any = calls.prepare(Call.of(q, k, v, g, None, 1.0), keep=False)
+    apart = [
+        ((a - b).abs() / (1 + b.abs())).nan_to_num(0.0).max().item()
+        for a, b in zip((again.ends, again.fades), (first.ends, first.fades), strict=True)
+    ]
+    infinite = (
+        torch.equal(again.fades.isinf(), first.fades.isinf()),
+        again.fades.isinf().sum(1).tolist(),
+        again.fades[:, -1].tolist(),
+    )
+    written = (again.a != 7.0).flatten(2).any(2)
+    print(
+        json.dumps([apart, infinite, written.tolist(), torch.equal(first.a[written], again.a[written]), again.q is q])
+    )
+
+
+def test_last_sums_alone():
+    apart, infinite, written, same, as_it_was = json.loads(
+        interpret("test_chunked_channels_gradients", "last_sums_alone()")
+    )
+    assert max(apart) < 2**-18, "sums of 64 numbers in float32, in another order"
+    assert infinite == [True, [0, 1, 0, 0], [0.0, 1.0, 0.0, 0.0]], "where a channel grows"
+    assert written == [[True, True, False], [False] * 3] * 2, "the last chunk has two tokens"
+    assert same and as_it_was
+
+
 def test_what_they_take(monkeypatch):
     def call(dtype=torch.bfloat16, head_dim=128, channels=True):
         q = torch.zeros(1, 1, 64, head_dim, dtype=dtype)

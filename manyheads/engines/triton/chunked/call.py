@@ -12,7 +12,7 @@ from torch import Tensor
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
-from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
+from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates, last_sums
 from manyheads.engines.triton.chunked.kernels.pairs import pairs, rapid
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
@@ -155,15 +155,20 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     common: tuple[Any, ...] = (call.head_dim, padded(call.head_dim), length, unit, INTERPRETED)
     programs = call.rows * call.chunks
     if fades is None and call.g is not None and not call.channels:
-        fades = zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
+        fades = _fades(call)
         g = call.new(*tokens)
-    if call.channels and solved is not None and on_hopper.takes_channels(call):
+    if call.channels and _fast_alone(call, keep, solved is not None):
         ends, a, g = g, call.like(*shape), call.new(*tokens, call.head_dim)
+        if ends is None:
+            ends, fades = call.new(*shape[:2], call.head_dim), _fades(call)
+            per = cdiv(call.chunks, call.segments)
+            own = call.g, ends, fades, *steps_of(call.g), call.kv_len, call.heads, call.rows, call.segments, per
+            launch(last_sums, call.rows * call.segments * per, (*own, *common[:2], length), num_warps=4)
         own = call.q, call.k, call.g, g, a, ends, *steps, *steps_of(call.g)
         tile = call.tile("pairs")
         launch(rapid, programs, (*own, *call.sizes, *common[:2], tile.columns, *common[2:]), **tile.options)
     elif call.channels:
-        fades = zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
+        fades = _fades(call)
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
         g = call.new(*tokens, call.head_dim)
         ends = call.new(*shape[:2], call.head_dim)
@@ -187,6 +192,16 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
         own = call.g, g, fades, *steps_of(call.g), call.kv_len, call.heads, length, CHUNKS
         launch(gates, call.rows * cdiv(call.chunks, CHUNKS), own, num_warps=4)
     return Prepared(q, k, k_out, ends if call.channels else g, g, fades, beta, a, b, t)
+
+
+def _fast_alone(call: Call, keep: bool, known: bool) -> bool:
+    """Whether single channels are asked for no more than their last sums, if those are not `known`, and for A and sums
+    of fast chunks."""
+    return on_hopper.takes_channels(call) if known else not keep and call.beta is None and hopper.takes(call)
+
+
+def _fades(call: Call) -> Tensor:
+    return zeros((call.rows, call.chunks + 1), torch.float32, call.q.device)
 
 
 def steps_of(t: Tensor | None) -> Steps:
