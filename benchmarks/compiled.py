@@ -420,21 +420,28 @@ def walk_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Of recurrences on Hopper, in Gluon."""
     for writes, (decays, corrects) in {"add": (True, False), "delta": (False, True), "gated": (True, True)}.items():
         for width in (64, 128):
-            own = {"DECAYS": decays, "CORRECTS": corrects, "ends_desc": None, "A": None}
+            own = {"DECAYS": decays, "CORRECTS": corrects, "ends_desc": None, "A": None, "ENDS": None}
             yield from walks_of("", f"{writes} {width}", width, own)
 
 
 def channel_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same where channels decay by themselves."""
     for writes, width in (("add", 64), ("add", 128), ("delta", 128)):
-        own = {"DECAYS": True, "CORRECTS": writes == "delta"}
+        own = {"DECAYS": True, "CORRECTS": writes == "delta", "ENDS": None}
         yield from walks_of("channels ", f"{writes} {width}", width, own)
+        if writes == "add":
+            found = own | {"ends_desc": None, "A": None}
+            yield from walks_of("channels ", f"{writes} {width} found", width, found, ("walk {}segments",))
+            del found["ENDS"]
+            yield from walks_of("channels ", f"{writes} {width} found", width, found, ("walk {}outputs",))
         given = {"CORRECTS": writes == "delta", "DIM": width, "V_DIM": 128, "g_n": width}
         given |= {} if writes == "delta" else dict.fromkeys(("BETA", "DBETA"))
         yield f"gradients channels {writes} {width}", partial(walked, "gradients_channels", width, given)
 
 
-def walks_of(kind: str, name: str, width: int, own: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def walks_of(
+    kind: str, name: str, width: int, own: dict[str, Any], only: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     whole, corrects = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), own["CORRECTS"]
     local = {"START": None} | ({} if own["DECAYS"] else {"FADES": None}) | ({} if corrects else {"TRANSITION": None})
     own |= {"OUTPUTS": False, "STATES": False, "BACKWARDS": False}
@@ -443,13 +450,15 @@ def walks_of(kind: str, name: str, width: int, own: dict[str, Any]) -> Iterator[
         "walk {}segments": local, "back {}": whole, "back {}segments": local,
     }  # fmt: skip
     for launch, constants in launches.items():
+        if only and launch not in only:
+            continue
         adds = launch == "back {}segments" and not corrects
         kernel = "walk" if adds else launch.split()[0]
-        made = partial(walked, kernel, width, own | constants | {"BACKWARDS": adds})
+        made = partial(walked, kernel, width, own | constants | {"BACKWARDS": adds}, channels=bool(kind))
         yield f"{launch.format(kind)} {name}".replace("  ", " "), made
 
 
-def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
+def walked(name: str, width: int, constants: dict[str, Any], channels: bool = False) -> Any:
     """width: of keys; there are 128 values."""
     from importlib import import_module
 
@@ -472,7 +481,7 @@ def walked(name: str, width: int, constants: dict[str, Any]) -> Any:
     stages = hopper.STAGES if name == "walk" else hopper.BACK_STAGES
     if name == "gradients_channels":
         blocks = dict.fromkeys(("s", "d", "do", "u", "z", "q", "k", "dq", "dk"), (1, 1, 64, 64))
-    if "ends_desc" in entry.arg_names and "ends_desc" not in constants:
+    if channels:
         blocks |= {"g": (1, 1, 64, width)}
         stages = hopper.BACK_STAGES
     constants = {n: v for n, v in ({"DV": 128, "STAGES": stages} | constants).items() if n in entry.arg_names}

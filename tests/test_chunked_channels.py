@@ -4,7 +4,7 @@ in float64; emulated, and on a GPU."""
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
@@ -136,6 +136,37 @@ def test_backward(case, emulated):
     walks.check_backward(case, CPU)
 
 
+def check_found(case: Case, device: torch.device) -> None:
+    """A walk that finds the last sums itself leaves out what tokens of fast chunks read of each other."""
+    truth = Truth(case, device)
+    call, known = truth.call, truth.prepared()
+    assert known.ends is not None and known.a is not None
+    made = replace(known, a=None, ends=truth.nothing(*known.ends.shape, dtype=torch.float32))
+    true_o, starts = truth.states(truth.v, truth.per)
+    o, end = truth.nothing(*true_o.shape), truth.nothing(*call.state, dtype=torch.float32)
+    hopper.walk(call, made, truth.rows(starts[: call.segments]), o=o, end=end)
+    assert made.ends is not None
+    assert torch.allclose(made.ends, known.ends, rtol=2**-18, atol=0.0), "sums of 64 numbers in float32"
+    v = F.pad(truth.v, (0, 0, 0, call.chunks * C - case.length)).unflatten(2, (call.chunks, C))
+    inside = known.a.double().cpu().nan_to_num(0.0).unflatten(0, call.state[:2]) @ v * walks.SCALE
+    assert truth.near(o.double().cpu() + inside.flatten(2, 3)[:, :, : case.length], true_o)
+    assert truth.near(end, starts[-1])
+
+    local = truth.locals()
+    hopper.walk(call, replace(made, ends=None), None, local=local)
+    states = truth.states(truth.v, truth.per)[1]
+    for n in range(call.segments - 1):
+        assert truth.near(walks.put_together(local, states[n], n), states[n + 1].flatten(0, 1)), n
+
+
+ADDING = [case for case in CASES if not case.delta]
+
+
+@pytest.mark.parametrize("case", ADDING, ids=str)
+def test_last_sums_are_found(case, emulated):
+    check_found(case, CPU)
+
+
 def test_what_they_take(monkeypatch):
     def call(
         head_dim=128,
@@ -167,7 +198,7 @@ def test_what_they_take(monkeypatch):
 # Words: of what is kept from one part of a chunk to another.
 SPILLED = {
     "back channels add 128": 72, "back channels delta 128": 80, "gradients channels add 128": 49,
-    "gradients channels delta 128": 146,
+    "gradients channels delta 128": 146, "walk channels outputs add 128 found": 11,
 }  # fmt: skip
 TWO = (228 // 2 - 1) * 1024  # bytes of shared memory where two programs fit: each has 1024 more
 
@@ -201,3 +232,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_walks_equal_float64(self, case, check):
         walks.CHECKS[check](case, torch.device("cuda"))
+
+    @pytest.mark.parametrize("case", ADDING, ids=str)
+    def test_last_sums_are_found(self, case):
+        check_found(case, torch.device("cuda"))

@@ -85,41 +85,58 @@ def test_fast_chunks_are_prepared_again():
     assert all(same)
 
 
-def last_sums_alone() -> None:
-    """What a process of its own does: how far the last sums and the fades that `last_sums` finds are from those of
-    `pairs`; which chunks `rapid` then writes, and whether as `pairs` does."""
-    tables.LEAST = 1  # three segments of a chunk
-    q, k, v = (F.normalize(torch.randn(1, heads, 130, 40), dim=-1).half() for heads in (4, 2, 2))
-    g = -torch.rand(1, 4, 130, 40) * torch.tensor([2.0, 1e-3, 2.0, 1e-3])[:, None, None]
+def adding(**options: Any) -> tuple[Call, Any]:
+    """A call in which writes add, and what is prepared of it. Channels decay fast in two of four heads; one grows."""
+    torch.manual_seed(1)
+    q, k, v = (F.normalize(torch.randn(2, heads, 130, 40), dim=-1).half() for heads in (4, 2, 2))
+    g = -torch.rand(2, 4, 130, 40) * torch.tensor([2.0, 1e-3, 2.0, 1e-3])[:, None, None]
     g[0, 1, 70, 3] = 0.1
-    call = Call.of(q, k, v, g, None, 1.0)
-    first: Any = calls.prepare(call, keep=False)
+    call = Call.of(q, k, v, g, None, 0.5)
+    return call, calls.prepare(call, keep=False, **options)
+
+
+def fades_alone() -> None:
+    """What a process of its own does: how far the fades are from those that `pairs` finds, if a way back follows and if
+    not; which are infinite, and which are 0."""
+    tables.LEAST = 1  # three segments of a chunk
+    _, known = adding()
     calls.hopper = SimpleNamespace(takes=lambda call: True)
-    calls.Call.like = lambda self, *shape: torch.full(shape, 7.0, dtype=torch.float16)  # type: ignore[method-assign]
-    again: Any = calls.prepare(Call.of(q, k, v, g, None, 1.0), keep=False)
-    apart = [
-        ((a - b).abs() / (1 + b.abs())).nan_to_num(0.0).max().item()
-        for a, b in zip((again.ends, again.fades), (first.ends, first.fades), strict=True)
-    ]
-    infinite = (
-        torch.equal(again.fades.isinf(), first.fades.isinf()),
-        again.fades.isinf().sum(1).tolist(),
-        again.fades[:, -1].tolist(),
-    )
-    written = (again.a != 7.0).flatten(2).any(2)
-    print(
-        json.dumps([apart, infinite, written.tolist(), torch.equal(first.a[written], again.a[written]), again.q is q])
-    )
+    found = []
+    for returns in (True, False):
+        call, made = adding(returns=returns)
+        assert made.a is None and made.q is call.q, "nothing else is prepared"
+        there = made.fades[:, :-1] != 0.0
+        apart = ((made.fades - known.fades).abs() / known.fades.abs())[:, :-1][there & ~made.fades[:, :-1].isinf()]
+        found.append([apart.max().item(), made.fades.isinf().tolist(), there.tolist(), made.fades[:, -1].tolist()])
+    print(json.dumps(found))
 
 
-def test_last_sums_alone():
-    apart, infinite, written, same, as_it_was = json.loads(
-        interpret("test_chunked_channels_gradients", "last_sums_alone()")
-    )
-    assert max(apart) < 2**-18, "sums of 64 numbers in float32, in another order"
-    assert infinite == [True, [0, 1, 0, 0], [0.0, 1.0, 0.0, 0.0]], "where a channel grows"
-    assert written == [[True, True, False], [False] * 3] * 2, "the last chunk has two tokens"
-    assert same and as_it_was
+def test_fades_alone():
+    found = json.loads(interpret("test_chunked_channels_gradients", "fades_alone()"))
+    for (apart, infinite, there, longer), last in zip(found, (True, False), strict=True):
+        assert apart < 2**-18, "sums of 64 numbers in float32, in another order"
+        assert infinite == [[head == 1 and c == 1 for c in range(4)] for head in range(8)]
+        assert there == [[True, True, last]] * 8, "what follows the last segment asks for them on the way back alone"
+        assert longer == [0.0, 1.0, *[0.0] * 6]
+
+
+def fast_chunks_add() -> None:
+    """What a process of its own does: which chunks `rapid` adds to o in, and how far from A v that is."""
+    call, known = adding()
+    before = (0.01 * torch.randn(2, 4, 130, 40)).half()
+    o = before.clone()
+    calls.fast_chunks(call, known.ends, None, o=o)
+    v = F.pad(call.v.double(), (0, 0, 0, 62)).repeat_interleave(2, 1).view(8, 3, 64, 40)
+    more = (0.5 * known.a.double() @ v).view(2, 4, 192, 40)[:, :, :130]
+    written = [(part != 0.0).flatten(2).any(2).tolist() for part in (o - before).split(64, 2)]
+    far = ((o - before.double()) - more)[:, ::2, :128].norm() / more[:, ::2, :128].norm()
+    print(json.dumps([written, far.item()]))
+
+
+def test_fast_chunks_add_to_outputs():
+    written, far = json.loads(interpret("test_chunked_channels_gradients", "fast_chunks_add()"))
+    assert written == [[[True, False, True, False]] * 2] * 2 + [[[False] * 4] * 2], "the last chunk has two tokens"
+    assert far < 2**-9, "o, of the size of what is added, is rounded to 11 bits"
 
 
 def test_what_they_take(monkeypatch):

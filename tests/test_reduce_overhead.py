@@ -57,27 +57,37 @@ def test_steps_of_training_and_of_inference_are_as_without_torch_compile(name, d
     operands = FORMS[name]
     form = Recurrence(key_feature=unit, write="delta" if "beta" in operands else "add", operands=operands)
     model = Model(form).cuda().to(dtype)
-    other = deepcopy(model)
+    other, true = deepcopy(model), deepcopy(model).double()
+    for layer in true.modules():
+        if isinstance(layer, Attention):
+            layer.engine = "eager"
     compiled = torch.compile(other, mode="reduce-overhead", fullgraph=True)
-    # Operations that are fused are rounded once and not one by one: 2^-9 and 2^-24 each, of some tens.
-    most = 2.0**-5 if dtype == torch.bfloat16 else 2.0**-15
+    names = ["o", "x", *(name for name, _ in model.named_parameters())]
+    # Operations that are fused are rounded once and not one by one: 2^-9 and 2^-24 each, of some tens. In bfloat16 the
+    # gradient of a decay's bias, a sum of differences, is 0.05 from the truth (Triton's interpreter, rounding) with and
+    # without torch.compile, and they are 0.03 apart: so the truth is to be about as near, and 2^-3 in any case. Stale
+    # numbers put some gradient off by about 1.
+    floor = 2.0**-6 if dtype == torch.bfloat16 else 2.0**-15
     for step in range(5):  # the first warms up, the second is recorded, the others are replayed
         x, found = torch.randn(2, 200, 128, device="cuda", dtype=dtype), []
-        for function in (model, compiled):
+        for function, own in ((true, torch.float64), (model, dtype), (compiled, dtype)):
             torch.compiler.cudagraph_mark_step_begin()
-            read = x.clone().requires_grad_()
+            read = x.to(own, copy=True).requires_grad_()
             o = function(read)
             o.float().square().mean().backward()
             found.append([o.detach().clone(), read.grad, *(p.grad.clone() for p in function.parameters())])
             function.zero_grad()
-        for a, b in zip(found[1], found[0], strict=True):
-            assert torch.isfinite(b).all() and apart(a, b) < most, (step, apart(a, b))
-        for p, q, gradient in zip(model.parameters(), other.parameters(), found[0][2:], strict=True):
+        for which, t, b, a in zip(names, *found, strict=True):
+            far, bound = apart(a, t), min(2 * apart(b, t) + floor, 2.0**-3)
+            assert far < bound, (step, which, far, bound)
+        copies = other.parameters(), true.parameters()
+        for p, q, t, gradient in zip(model.parameters(), *copies, found[1][2:], strict=True):
             p.data -= 0.1 * gradient
-            q.data.copy_(p.data)  # the same weights for both, changed in place
+            q.data.copy_(p.data)  # the same weights for all, changed in place
+            t.data.copy_(p.data)
     with torch.no_grad():
         for _ in range(4):
             x = torch.randn(2, 200, 128, device="cuda", dtype=dtype)
             torch.compiler.cudagraph_mark_step_begin()
-            assert apart(compiled(x), model(x)) < most
+            assert apart(compiled(x), model(x)) < floor
     assert not counters["inductor"]["cudagraph_skips"], "graphs were recorded"

@@ -80,7 +80,7 @@ def outputs(given: Given, scale: float, kept: bool, known: replay.Call | None = 
             call = Call.of(*tensors, scale)  # type: ignore[arg-type]  q, k and v are there
             if call.kv_len == 1 and not kept:
                 return step(call, state)
-            made = prepare(call, keep=False)
+            made = prepare(call, keep=False, returns=kept)
             o, end, starts = forward(call, state, made)
         return (o, end, starts, *made.solved) if kept else (o, end)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
-from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates, last_sums
-from manyheads.engines.triton.chunked.kernels.pairs import pairs, rapid
+from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
+from manyheads.engines.triton.chunked.kernels.gates import fades as fades_of_channels
+from manyheads.engines.triton.chunked.kernels.pairs import AT_ONCE, pairs, rapid
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
 from manyheads.engines.triton.quick import empty, empty_like, launch, zeros
@@ -121,11 +122,11 @@ Solved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """q, k, k_out, ends: of single channels what kernels/pairs.py says, but that the walks of hopper/ take the call's q
-    and k, and no k_out; else the call's q and k and g, and no k_out. g: sums of log decays, float32 [batch, heads,
-    chunks * chunk], with head_dim behind where channels have their own (where hopper/gradients.py finds gradients, only
-    those of fast chunks). fades: bounds of what chunks leave of a state, [rows, chunks + 1], where there are decays.
-    beta: float32 [rows, chunks * chunk]. a, b, t: what pairs.py and solve.py leave behind, [rows, chunks, chunk,
-    chunk]; None where nobody reads it."""
+    and k, and no k_out, and, without `a`, fill `ends`; else the call's q and k and g, and no k_out. g: sums of log
+    decays, float32 [batch, heads, chunks * chunk], with head_dim behind where channels have their own (where
+    hopper/gradients.py finds gradients, only those of fast chunks). fades: bounds of what chunks leave of a state,
+    [rows, chunks + 1], where there are decays. beta: float32 [rows, chunks * chunk]. a, b, t: what pairs.py and
+    solve.py leave behind, [rows, chunks, chunk, chunk]; None where nobody reads it."""
 
     q: Tensor
     k: Tensor | None
@@ -142,11 +143,11 @@ class Prepared:
     def solved(self) -> Solved:
         """What a backward pass is given of it: little, and half as much as q where writes correct. Of sums of single
         channels, the last ones."""
-        return self.g if self.a is None else self.ends, self.fades, self.beta, self.t
+        return self.ends, self.fades, self.beta, self.t
 
 
-def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prepared:
-    """keep: for a backward pass. solved: if that has been prepared before."""
+def prepare(call: Call, keep: bool = True, solved: Solved | None = None, returns: bool = True) -> Prepared:
+    """keep: for a backward pass. solved: if that has been prepared before. returns: whether a backward pass follows."""
     a = b = k_out = ends = None
     g, fades, beta, t = (None, None, None, None) if solved is None else solved
     q, k, length = call.q, call.k, call.chunk
@@ -157,16 +158,16 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     if fades is None and call.g is not None and not call.channels:
         fades = _fades(call)
         g = call.new(*tokens)
-    if call.channels and _fast_alone(call, keep, solved is not None):
+    if call.channels and call.beta is None and solved is None and not keep and hopper.takes(call):
+        ends, fades = call.new(*shape[:2], call.head_dim), _fades(call)
+        ahead, per = call.segments - (not returns), cdiv(call.chunks, call.segments)
+        own = call.g, fades, *steps_of(call.g), call.kv_len, call.heads, call.rows, ahead, per, *common[:2], length
+        if ahead:
+            launch(fades_of_channels, call.rows * ahead * per, own, num_warps=4)
+    elif call.channels and solved is not None and on_hopper.takes_channels(call):
+        assert g is not None, "where channels decay, ends are kept"
         ends, a, g = g, call.like(*shape), call.new(*tokens, call.head_dim)
-        if ends is None:
-            ends, fades = call.new(*shape[:2], call.head_dim), _fades(call)
-            per = cdiv(call.chunks, call.segments)
-            own = call.g, ends, fades, *steps_of(call.g), call.kv_len, call.heads, call.rows, call.segments, per
-            launch(last_sums, call.rows * call.segments * per, (*own, *common[:2], length), num_warps=4)
-        own = call.q, call.k, call.g, g, a, ends, *steps, *steps_of(call.g)
-        tile = call.tile("pairs")
-        launch(rapid, programs, (*own, *call.sizes, *common[:2], tile.columns, *common[2:]), **tile.options)
+        fast_chunks(call, ends, g, a=a)
     elif call.channels:
         fades = _fades(call)
         a, b = call.like(*shape), None if call.beta is None else call.like(*shape)
@@ -194,10 +195,21 @@ def prepare(call: Call, keep: bool = True, solved: Solved | None = None) -> Prep
     return Prepared(q, k, k_out, ends if call.channels else g, g, fades, beta, a, b, t)
 
 
-def _fast_alone(call: Call, keep: bool, known: bool) -> bool:
-    """Whether single channels are asked for no more than their last sums, if those are not `known`, and for A and sums
-    of fast chunks."""
-    return on_hopper.takes_channels(call) if known else not keep and call.beta is None and hopper.takes(call)
+def fast_chunks(
+    call: Call, ends: Tensor, sums: Tensor | None, *, a: Tensor | None = None, o: Tensor | None = None
+) -> None:
+    """A of those that decay fast, with their sums; or what it adds to o."""
+    out = call.v if o is None else o
+    unit, steps = _steps(call.q, call.k, call.v, out)
+    total, tile = call.rows * call.chunks, call.tile("pairs")
+    programs = cdiv(total, AT_ONCE)
+    sums = call.new(programs, call.chunk, call.head_dim) if sums is None else sums
+    arguments = (
+        call.q, call.k, call.v, call.g, sums, a, o, ends, *steps, *steps_of(call.g), total, *call.sizes, call.scale,
+        call.head_dim, padded(call.head_dim), call.v_head_dim, min(call.chunk, padded(call.v_head_dim)), tile.columns,
+        call.chunk, AT_ONCE, unit, INTERPRETED,
+    )  # fmt: skip
+    launch(rapid, programs, arguments, **tile.options)
 
 
 def _fades(call: Call) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper
-from manyheads.engines.triton.chunked.call import Call, Prepared, steps_of
+from manyheads.engines.triton.chunked.call import Call, Prepared, fast_chunks, steps_of
 from manyheads.engines.triton.chunked.kernels import step as steps_kernel
 from manyheads.engines.triton.chunked.kernels import walk as walks
 from manyheads.engines.triton.launch import INTERPRETED, _like, _steps
@@ -27,6 +27,9 @@ def forward(call: Call, state: Tensor | None, made: Prepared) -> tuple[Tensor, T
     o, end = _like(call.q, call.v_head_dim), call.new(*call.state)
     starts = starts_of(call, state, lambda *local: walk(call, made, None, local=local))
     walk(call, made, starts, o=o, end=end)
+    if hopper.finds_ends(call, made):
+        assert made.ends is not None, "the walk filled them"
+        fast_chunks(call, made.ends, None, o=o)
     return o, end, starts
 
 

@@ -87,9 +87,9 @@ def _walk(
     own = (
         q, k, v, *_sides(call, made), v if out is None else _half(out, call.chunk),
         v if states is None else _states(call, states), _ends(call, made), made.a, starts, end, transition, totals,
-        None if local is None else made.fades, call.heads, 1 if backwards else call.group, *_spans(call, local),
-        call.scale, call.v_head_dim, BACK_STAGES if call.channels else STAGES, o is not None, states is not None,
-        backwards, call.g is not None, made.t is not None,
+        None if local is None else made.fades, _found(call, made, o), call.heads, 1 if backwards else call.group,
+        *_spans(call, local), call.scale, call.v_head_dim, BACK_STAGES if call.channels else STAGES, o is not None,
+        states is not None, backwards, call.g is not None, made.t is not None,
     )  # fmt: skip
     quick.launch(walks.walk, _programs(call, local), own, **OPTIONS)
 
@@ -170,9 +170,20 @@ def _sides(call: Call, made: Prepared) -> tuple[quick.Box, quick.Box, quick.Box]
 
 def _ends(call: Call, made: Prepared) -> quick.Box | None:
     """The last sums of each chunk, where channels decay by themselves."""
-    if made.ends is None or not call.channels:
+    if made.ends is None or not call.channels or finds_ends(call, made):
         return None
     return _flat(made.ends, (call.rows * call.chunks, call.head_dim), (1, call.head_dim))
+
+
+def _found(call: Call, made: Prepared, o: Tensor | None) -> Tensor | None:
+    """Where a walk puts the last sums that it finds itself."""
+    return made.ends if finds_ends(call, made) and o is not None else None
+
+
+def finds_ends(call: Call, made: Prepared) -> bool:
+    """Whether walks find the last sums of each chunk themselves, and leave out what tokens of fast chunks read of each
+    other, for `rapid` to add."""
+    return call.channels and made.a is None
 
 
 def _flat(x: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> quick.Box:

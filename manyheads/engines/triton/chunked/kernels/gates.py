@@ -1,4 +1,4 @@
-"""Sums of log decays in each chunk: all of them where all channels of the keys decay alike, and else the last ones."""
+"""Sums of log decays in each chunk: all of them where all channels of the keys decay alike, else how much is left."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS:
 
 
 @triton.jit(do_not_specialize=["kv_len", "heads", "rows", "segments", "per"])
-def last_sums(
-    G, ENDS, FADES, g_b, g_h, g_n, kv_len, heads, rows, segments, per, D: tl.constexpr, PD: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """G: log decays [batch, heads, kv_len, D]; ENDS: float32 [rows, chunks, D]; FADES: as those of `pairs` where writes
-    add. The beginnings of segments come last: a walk reads their decays next, and some are still near."""
+def fades(
+    G, FADES, g_b, g_h, g_n, kv_len, heads, rows, segments, per, D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr
+):
+    """G: log decays [batch, heads, kv_len, D]; FADES: as those of `pairs` where writes add, of the first `segments` of
+    `per` chunks. Their beginnings come last: a walk reads their decays next, and some are still near."""
     chunks = tl.cdiv(kv_len, C)
     place = tl.program_id(0) % (rows * segments)
     bh = place // segments
@@ -43,11 +42,8 @@ def last_sums(
     if c >= chunks:
         return
     columns = tl.arange(0, PD)
-    there = columns < D
     G += (bh // heads).to(tl.int64) * g_b + (bh % heads).to(tl.int64) * g_h
     g = in_base_two(load(G, g_n, c * C, kv_len, columns, C, D))
-    end = tl.sum(g, 0)
-    wide = bh.to(tl.int64)
-    tl.store(ENDS + (wide * chunks + c) * D + columns, end, mask=there)
-    most = tl.max(tl.where(there, end, float("-inf")), 0)
-    note_fade(FADES + wide * (chunks + 1), chunks, c, tl.where(tl.max(g) > 0.0, float("inf"), most))
+    most = tl.max(tl.where(columns < D, tl.sum(g, 0), float("-inf")), 0)
+    fade = tl.where(tl.max(g) > 0.0, float("inf"), most)
+    note_fade(FADES + bh.to(tl.int64) * (chunks + 1), chunks, c, fade)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from manyheads.engines.triton.chunked.kernels.common import (
-    LENGTHS,
     dot,
     end_of,
     fade_of,
@@ -27,6 +26,7 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 NARROW = tl.constexpr(32)  # channels at a time where halves meet: compiled sooner than all, and without spills
 LEAST, LEAST_HALF = tl.constexpr(-120.0), tl.constexpr(-8.0)
+AT_ONCE = 16  # chunks that a program of `rapid` looks at
 
 
 @triton.jit
@@ -109,37 +109,57 @@ def pairs(
         if B is not None:
             tl.store(B + place, tl.where(tokens[:, None] > tokens[None, :], of_k, 0.0).to(dtype))
     else:
-        _by_halves(Q, K, G, SUMS, A, B, q_n, k_n, g_n, place, first, kv_len, ahead, D, PD, BK, C, UNIT, SIMULATED)
+        of_q, of_k = _by_halves(
+            Q, K, G, SUMS, q_n, k_n, g_n, first, kv_len, ahead, D, PD, BK, C, B is not None, UNIT, SIMULATED
+        )
+        tl.store(A + place, of_q.to(dtype))
+        if B is not None:
+            tl.store(B + place, of_k.to(dtype))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=["total", "kv_len", "ahead", "heads", "scale"])
 def rapid(
-    Q, K, G, SUMS, A, ENDS, q_b, q_h, q_n, k_b, k_h, k_n, g_b, g_h, g_n, kv_len, ahead, heads, group, D: tl.constexpr,
-    PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    Q, K, V, G, SUMS, A, O, ENDS, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, total,
+    kv_len, ahead, heads, group, scale, D: tl.constexpr, PD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, AT_ONCE: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """A and SUMS of one chunk, if its decays, of which ENDS are known, are not moderate."""
+    """AT_ONCE of all `total` chunks, of which ENDS are known: A and SUMS of those whose decays are not moderate; or,
+    where there is O, scale A v is added to it, and SUMS have room for one chunk of each program."""
     chunks = tl.cdiv(kv_len, C)
-    c, bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    chunk = bh.to(tl.int64) * chunks + c
-    rows, tokens = tl.arange(0, PD), tl.arange(0, C)
-    least = tl.min(tl.load(ENDS + chunk * D + rows, mask=rows < D, other=0.0), 0)
-    if moderate(least, K.dtype.element_ty == tl.float16):
-        return
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    Q += (b * q_b + h * q_h) * UNIT
-    K += (b * k_b + h // group * k_h) * UNIT
-    G += b * g_b + h * g_h
-    SUMS += chunk * C * D
-    place = chunk * C * C + tokens[:, None] * C + tokens[None, :]
-    _by_halves(Q, K, G, SUMS, A, None, q_n, k_n, g_n, place, c * C, kv_len, ahead, D, PD, BK, C, UNIT, SIMULATED)
+    rows, tokens, each = tl.arange(0, PD), tl.arange(0, C), tl.arange(0, AT_ONCE)
+    at = tl.program_id(0) + each * tl.num_programs(0)
+    there = (at < total)[:, None] & (rows < D)[None, :]
+    least = tl.min(tl.load(ENDS + at.to(tl.int64)[:, None] * D + rows[None, :], mask=there, other=0.0), 1)
+    fast = (~moderate(least, K.dtype.element_ty == tl.float16)).to(tl.int32)
+    for n in tl.range(0, AT_ONCE):
+        if tl.sum(tl.where(each == n, fast, 0), 0) > 0:
+            chunk = (tl.program_id(0) + n * tl.num_programs(0)).to(tl.int64)
+            c, bh = chunk % chunks, chunk // chunks
+            b, h, first = bh // heads, bh % heads, c * C
+            sums = SUMS + (chunk if O is None else tl.program_id(0)) * C * D
+            tl.debug_barrier()  # what was read of the sums of the chunk before may be written to
+            of_q, _ = _by_halves(
+                Q + (b * q_b + h * q_h) * UNIT, K + (b * k_b + h // group * k_h) * UNIT, G + b * g_b + h * g_h,
+                sums, q_n, k_n, g_n, first, kv_len, ahead, D, PD, BK, C, False, UNIT, SIMULATED,
+            )  # fmt: skip
+            if O is None:
+                tl.store(A + chunk * C * C + tokens[:, None] * C + tokens[None, :], of_q.to(A.dtype.element_ty))
+            else:
+                v_at, o_at = V + (b * v_b + h // group * v_h) * UNIT, O + (b * o_b + h * o_h) * UNIT
+                for part in tl.range(0, tl.cdiv(DV, BV)):
+                    columns = part * BV + tl.arange(0, BV)
+                    v = load(v_at, v_n * UNIT, first, kv_len, columns, C, DV)
+                    o = load(o_at, o_n * UNIT, first - ahead, kv_len - ahead, columns, C, DV)
+                    more = scale * dot(of_q.to(v.dtype), v, SIMULATED)
+                    store(o_at, o_n * UNIT, first - ahead, kv_len - ahead, columns, o + more, C, DV)
 
 
 @triton.jit
 def _by_halves(
-    Q, K, G, SUMS, A, B, q_n, k_n, g_n, place, first, kv_len, ahead, D: tl.constexpr, PD: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
+    Q, K, G, SUMS, q_n, k_n, g_n, first, kv_len, ahead, D: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, BOTH: tl.constexpr, UNIT: tl.constexpr, SIMULATED: tl.constexpr,
 ):  # fmt: skip
-    """A and B of a chunk of any decays, from halves that meet."""
+    """A and, if BOTH, B of a chunk of any decays, from halves that meet."""
     PART: tl.constexpr = BK if BK < NARROW else NARROW
     tokens = tl.arange(0, C)
     dtype = K.dtype.element_ty
@@ -159,11 +179,9 @@ def _by_halves(
             others = tl.trans((k * fade).to(dtype))
             meet = halves(tokens, level)
             of_q += tl.where(meet, dot((q * fade).to(dtype), others, SIMULATED), 0.0)
-            if B is not None:
+            if BOTH:
                 of_k += tl.where(meet, dot((k * fade).to(dtype), others, SIMULATED), 0.0)
-    tl.store(A + place, of_q.to(dtype))
-    if B is not None:
-        tl.store(B + place, of_k.to(dtype))
+    return of_q, of_k
 
 
 @triton.jit

@@ -160,6 +160,6 @@ def back(
         beta_desc if CORRECTS else None, ends_desc,
     )  # fmt: skip
     walking(
-        _consumer, boxes, (z_desc, dv_desc, states_desc), held, A, (START, END, TRANSITION, TOTALS, FADES),
+        _consumer, boxes, (z_desc, dv_desc, states_desc), held, A, (START, END, TRANSITION, TOTALS, FADES, None),
         (heads, group, segments, per, chunks), scale, DV, STAGES, True,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def times(S, scales, place):
 
 
 @gluon.jit
-def prepare(slots, inner, A, span, scale, BACKWARDS: gl.constexpr):
+def prepare(slots, inner, A, ENDS, span, scale, BACKWARDS: gl.constexpr):
     """Where there is q, also A' of each chunk, [keys, queries]; BACKWARDS scale A, [queries, keys]. BACKWARDS without q
     k is q, and nobody asks for k e^(P - G)."""
     qs, ks, _, _, _, gs, ends, scales, full, ready, free = slots
@@ -76,8 +76,15 @@ def prepare(slots, inner, A, span, scale, BACKWARDS: gl.constexpr):
         low = 0.0
         for part in gl.static_range(D // PART):
             g = decays.slice(part * PART, PART, dim=1).load(layout).to(gl.float32) * LOG2E
-            sums = gl.associative_scan(gl.where(g < LEAST_DECAY, LEAST_DECAY, g), 0, add)
-            end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(gl.SliceLayout(0, layout))
+            g = gl.where(g < LEAST_DECAY, LEAST_DECAY, g)
+            sums = gl.associative_scan(g, 0, add)
+            if ends is not None:
+                end = ends.index(slot).reshape([D]).slice(part * PART, PART).load(gl.SliceLayout(0, layout))
+            else:
+                end = gl.sum(g, 0)
+                if ENDS is not None:
+                    channels = part * PART + gl.arange(0, PART, gl.SliceLayout(0, layout))
+                    gl.store(ENDS + (line + c).to(gl.int64) * D + channels, end)
             low = gl.minimum(low, gl.min(end, 0))
             room = end >= BOUND
             half = gl.where(room, 0.5 * end, 0.0)
@@ -108,7 +115,10 @@ def prepare(slots, inner, A, span, scale, BACKWARDS: gl.constexpr):
                 place = column * C + row
             mbarrier.arrive(free.index(slot))
             if low < BOUND:
-                product = gl.load(A + (line + c).to(gl.int64) * (C * C) + place).to(gl.float32)
+                if A is not None:
+                    product = gl.load(A + (line + c).to(gl.int64) * (C * C) + place).to(gl.float32)
+                else:
+                    product = zero
             if BACKWARDS:
                 product = product * scale
             mbarrier.wait(inner_free.index(a), ((step // inners.shape[0]) & 1) ^ 1)

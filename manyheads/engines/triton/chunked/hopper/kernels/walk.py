@@ -149,13 +149,14 @@ def _consumer(given, PART: gl.constexpr, DV: gl.constexpr, BACKWARDS: gl.constex
 @gluon.jit(do_not_specialize=["heads", "group", "segments", "per", "chunks"])
 def walk(
     q_desc, k_desc, v_desc, t_desc, g_desc, beta_desc, out_desc, states_desc, ends_desc, A, START, END, TRANSITION,
-    TOTALS, FADES, heads, group, segments, per, chunks, scale, DV: gl.constexpr, STAGES: gl.constexpr,
+    TOTALS, FADES, ENDS, heads, group, segments, per, chunks, scale, DV: gl.constexpr, STAGES: gl.constexpr,
     OUTPUTS: gl.constexpr, STATES: gl.constexpr, BACKWARDS: gl.constexpr, DECAYS: gl.constexpr,
     CORRECTS: gl.constexpr,
 ):  # fmt: skip
     """A segment of `per` chunks, as in the plain kernel. OUTPUTS: out is o; else it is u, if writes correct. STATES:
     those before each chunk are wanted. Descriptors of what is not there may be any. Where channels decay by
-    themselves there is `ends_desc`, and A is read of chunks with a channel that is not moderate.
+    themselves A is read of chunks with a channel that is not moderate; without A they are left to others, and ENDS,
+    where `ends_desc` would read, are filled.
 
     BACKWARDS: from the end, with q for k and dO for v; TOTALS and END are then what the plain `back` makes of a segment
     where writes add."""
@@ -167,6 +168,6 @@ def walk(
         g_desc if DECAYS else None, beta_desc if CORRECTS else None, ends_desc,
     )  # fmt: skip
     walking(
-        _consumer, boxes, (out_desc, states_desc), (outs, kepts), A, (START, END, TRANSITION, TOTALS, FADES),
+        _consumer, boxes, (out_desc, states_desc), (outs, kepts), A, (START, END, TRANSITION, TOTALS, FADES, ENDS),
         (heads, group, segments, per, chunks), scale, DV, STAGES, BACKWARDS,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def walking(
     With TOTALS it is asked what a segment adds to a state, from the chunk on that is remembered; with TRANSITION also
     what it makes of one."""
     q_desc, k_desc, v_desc, t_desc, g_desc, beta_desc, ends_desc = boxes
-    START, END, TRANSITION, TOTALS, FADES = states
+    START, END, TRANSITION, TOTALS, FADES, ENDS = states
     heads, group, segments, per, chunks = sizes
     C: gl.constexpr = k_desc.block_shape[2]
     D: gl.constexpr = k_desc.block_shape[3]
@@ -54,7 +54,7 @@ def walking(
     ALL: gl.constexpr = TILES if TRANSITION is None else TILES + 1
     INNER: gl.constexpr = q_desc is not None
     CORRECTS: gl.constexpr = t_desc is not None
-    CHANNELS: gl.constexpr = ends_desc is not None
+    CHANNELS: gl.constexpr = g_desc is not None and len(g_desc.block_shape) == 4
     HELPED: gl.constexpr = INNER or CHANNELS
     AHEAD: gl.constexpr = 1 if CHANNELS and BACKWARDS else 2  # there is room for
     tile, bh, b, h, segment, begin, stop = work_of(heads, segments, per, chunks, ALL)
@@ -86,7 +86,7 @@ def walking(
         room(t_desc, STAGES) if CORRECTS else None,
         room(beta_desc, STAGES) if CORRECTS else None,
         room(g_desc, STAGES) if g_desc is not None else None,
-        room(ends_desc, STAGES) if CHANNELS else None,
+        room(ends_desc, STAGES) if ends_desc is not None else None,
         numbers(2 * STAGES, D) if CHANNELS else None,
         barriers(STAGES, 1),
         barriers(STAGES, 1) if CHANNELS else None,
@@ -103,7 +103,7 @@ def walking(
             [
                 (_consumer, (consumer, given, 0, DV, BACKWARDS)),
                 (_consumer, (consumer, given, 1, DV, BACKWARDS)),
-                (_helper, (slots, inner, A, span, scale, CHANNELS, BACKWARDS)),
+                (_helper, (slots, inner, A, ENDS, span, scale, CHANNELS, BACKWARDS)),
                 (_producer, (boxes, slots, span, heads_of, column, BACKWARDS)),
             ],
             [4, 4, 4],
@@ -113,7 +113,7 @@ def walking(
         gl.warp_specialize(
             [
                 (_consumer, (consumer, given, 0, DV, BACKWARDS)),
-                (_helper, (slots, inner, A, span, scale, CHANNELS, BACKWARDS)),
+                (_helper, (slots, inner, A, ENDS, span, scale, CHANNELS, BACKWARDS)),
                 (_producer, (boxes, slots, span, heads_of, column, BACKWARDS)),
             ],
             [4, 4],
@@ -147,9 +147,9 @@ def _consumer(consumer, given, PART: gl.constexpr, DV: gl.constexpr, BACKWARDS: 
 
 
 @gluon.jit
-def _helper(slots, inner, A, span, scale, CHANNELS: gl.constexpr, BACKWARDS: gl.constexpr):
+def _helper(slots, inner, A, ENDS, span, scale, CHANNELS: gl.constexpr, BACKWARDS: gl.constexpr):
     if CHANNELS:
-        prepare(slots, inner, A, span, scale, BACKWARDS)
+        prepare(slots, inner, A, ENDS, span, scale, BACKWARDS)
     else:
         pairs(slots, inner, span, scale, BACKWARDS)
 
@@ -165,12 +165,13 @@ def _producer(boxes, slots, span, heads, column, BACKWARDS: gl.constexpr):
     D: gl.constexpr = ks.shape[4]
     HALF: gl.constexpr = vs[0].shape[4]
     HALVES: gl.constexpr = len(vs)
-    CHANNELS: gl.constexpr = ends_desc is not None
+    CHANNELS: gl.constexpr = g_desc is not None and len(g_desc.block_shape) == 4
     DECAYS: gl.constexpr = gs is not None and not CHANNELS
     CORRECTS: gl.constexpr = t_desc is not None
     ROWS: gl.constexpr = (D * (1 if qs is None else 2) + HALVES * HALF + (C if CORRECTS else 0)) * 2
     NUMBERS: gl.constexpr = (4 if CORRECTS else 0) + (4 if DECAYS else 0)
-    OF_CHANNELS: gl.constexpr = D * (C * (4 if g_desc.dtype == gl.float32 else 2) + 4) if CHANNELS else 0
+    ENDS: gl.constexpr = 4 if ends_desc is not None else 0
+    OF_CHANNELS: gl.constexpr = D * (C * (4 if g_desc.dtype == gl.float32 else 2) + ENDS) if CHANNELS else 0
     for n in range(begin, stop):
         step = n - begin
         c = chunks - 1 - n if BACKWARDS else n
@@ -180,7 +181,8 @@ def _producer(boxes, slots, span, heads, column, BACKWARDS: gl.constexpr):
         mbarrier.expect(here, C * (ROWS + NUMBERS) + OF_CHANNELS)
         if CHANNELS:
             tma_load(g_desc, [b, h, c * C, 0], here, gs.index(slot))
-            tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
+            if ends_desc is not None:
+                tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
         tma_load(k_desc, [b, kv_head, c * C, 0], here, ks.index(slot))
         if qs is not None:
             tma_load(q_desc, [b, h, c * C, 0], here, qs.index(slot))
