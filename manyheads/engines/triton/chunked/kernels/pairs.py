@@ -26,7 +26,9 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 NARROW = tl.constexpr(32)  # channels at a time where halves meet: compiled sooner than all, and without spills
 LEAST, LEAST_HALF = tl.constexpr(-120.0), tl.constexpr(-8.0)
-AT_ONCE = 16  # chunks that a program of `rapid` looks at
+# Chunks that a program of `rapid` looks at, and of so many chunks: two programs fit a multiprocessor, and one wave of
+# them takes 5 us where nothing is fast, but all may be.
+AT_ONCE, AT_ONCE_OF_MANY, MANY = 16, 64, 2**13
 
 
 @triton.jit
