@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
 
@@ -114,6 +116,16 @@ def recorder(monkeypatch):
         if isinstance(entry, JITFunction):
             entry.device_caches.clear()
     gc.collect()  # kernels unload themselves, by their driver
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Kernels are compiled in threads here, too. Python before 3.11.8 changes threads while it parses where garbage is
+    collected."""
+    monkeypatch.setattr(quick, "LEAST_PYTHON", (3, 11))
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def launched(recorder, launch) -> tuple:
@@ -239,6 +251,109 @@ def test_settings_of_triton_are_looked_at(recorder, monkeypatch):
     usual = same(recorder, small, 3, given)
     monkeypatch.setattr(knobs.runtime, "debug", True)
     assert same(recorder, small, 3, given)[4] != usual[4]
+
+
+# ---- side by side ----
+
+
+@triton.jit
+def wrong(target, SIZE: tl.constexpr):
+    tl.static_assert(SIZE > 99, "too small")
+
+
+SIZES = 8, 16, 16, 32, 8
+
+
+def several(calls: list):
+    """Launches three kernels."""
+
+    def compute(sizes=SIZES):
+        calls.append(sizes)
+        made = quick.zeros((64,), torch.float32, torch.device("cpu"))
+        for size in sizes:
+            quick.launch(small, size, (made, 2, 3, 0.5, None, True, size), num_warps=1)
+        return made
+
+    return compute
+
+
+def test_unknown_kernels_are_compiled_at_the_same_time(recorder, threads, monkeypatch):
+    calls, met, launchers = [], threading.Barrier(2), []
+    compute, ready = several(calls), quick._ready
+    compute(SIZES[:1])
+    recorder.launches.clear()
+
+    def both_begun(compile):
+        met.wait(60)  # seconds; a broken barrier raises, and none is left to be compiled by the launch
+        return ready(compile)
+
+    def launcher(*given):
+        launchers.append(threading.current_thread() is threading.main_thread())
+        return nvidia.CudaLauncher(*given)
+
+    monkeypatch.setattr(quick, "_ready", both_begun)
+    monkeypatch.setattr(recorder, "launcher_cls", launcher, raising=False)
+    with quick.watched() as seen:
+        made = quick.together(compute)
+    assert len(calls) == 3 and not met.broken
+    assert launchers == [False, False, True, True], "where it is compiled, then where it is launched"
+    # The known one in front of those two is launched twice, and everything behind them once.
+    assert [launch[0] for launch in recorder.launches] == [8, *SIZES]
+    assert seen.launches is None and [t is made for _, t in seen.fresh] == [True]
+    recorder.launches.clear()
+    with quick.watched() as seen:
+        quick.together(compute)
+    assert len(calls) == 4 and [launch[0] for launch in recorder.launches] == [*SIZES]
+    assert len(seen.launches) == len(SIZES)
+
+
+def test_a_mode_of_the_callers_is_left_alone(recorder, threads):
+    with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        quick.together(several([]))
+    assert [launch[0] for launch in recorder.launches] == [*SIZES]
+
+
+def test_what_fails_to_compile_says_so_at_its_launch(recorder, threads):
+    given = torch.zeros(64), 8
+
+    def compute():
+        quick.launch(small, 3, (given[0], 2, 3, 0.5, None, True, 8), num_warps=1)
+        quick.launch(wrong, 3, given)
+
+    said = []
+    for run in (compute, lambda: quick.together(compute)):
+        with pytest.raises(triton.CompilationError, match="too small") as error:
+            run()
+        said.append(str(error.value))
+        wrong.device_caches.clear()
+        quick._KNOWN.clear()
+    assert said[0] == said[1]
+    same(recorder, small, 3, (given[0], 2, 3, 0.5, None, True, 8))  # and no mode of Triton's is left on
+
+
+def test_what_is_not_launched_directly_waits_for_its_turn(recorder, threads):
+    """Behind a kernel that is not known yet."""
+    given, ran = torch.zeros(64), []
+
+    class Interpreted:
+        def __getitem__(self, grid):
+            return lambda *given: ran.append(len(recorder.launches))
+
+    def compute():
+        quick.launch(small, 3, (given, 2, 3, 0.5, None, True, 8), num_warps=1)
+        quick.launch(Interpreted(), 3, (given,))
+
+    for _ in range(2):
+        quick.together(compute)
+    assert ran == [1, 2]
+
+
+def test_old_python_compiles_one_after_another(recorder, monkeypatch):
+    monkeypatch.setattr(quick, "LEAST_PYTHON", (99,))
+    monkeypatch.setattr(quick, "_compile", None)
+    calls: list = []
+    quick.together(several(calls))
+    assert len(calls) == 1 and [launch[0] for launch in recorder.launches] == [*SIZES]
 
 
 # ---- the ordinary way ----

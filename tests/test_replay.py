@@ -20,10 +20,10 @@ from manyheads.core import alike
 from manyheads.core.forms import Operand, Recurrence, Scores
 from manyheads.engines import triton
 from manyheads.engines.triton import hopper, launch, quick, replay
-from manyheads.engines.triton.chunked import autograd
+from manyheads.engines.triton.chunked import autograd, op
 from manyheads.engines.triton.hopper import backward, forward, tables
 
-recorder = test_quick.recorder  # a fixture
+recorder, threads = test_quick.recorder, test_quick.threads  # fixtures
 SLOPES = torch.tensor([0.3, 0.05, 0.01, 0.2])
 
 
@@ -289,12 +289,12 @@ DECAYS = {"none": (None, None), "step": ("step", None), "channel, delta": ("chan
 
 
 @pytest.fixture
-def prepared(recorder, monkeypatch) -> list:
+def prepared(recorder, threads, monkeypatch) -> list:
     """A new entry for each forward or backward pass that went the ordinary way, whose tensors are kept: memory that
     torch gave back would be taken once more."""
     monkeypatch.setattr(replay, "_KNOWN", {})
     found, kept = [], []
-    monkeypatch.setattr(autograd, "prepare", lambda *a, f=autograd.prepare, **k: (found.append(f), f(*a, **k))[1])
+    monkeypatch.setattr(quick, "together", lambda compute, f=quick.together: (found.append(f), f(compute))[1])
 
     def keep(t):
         kept.append(t)
@@ -372,6 +372,14 @@ def test_recurrences_that_differ_are_computed(prepared, change):
     assert len(prepared) == count + 1
 
 
+def test_operators_of_torch_compile_side_by_side_too(prepared):
+    given = [None if t is None else t.detach() for t in recurrence(DECAYS["step"])]
+    o, _ = op.recur(*given, 0.5)
+    assert len(prepared) == 1
+    op.differentiate(o, None, True, *given, 0.5)
+    assert len(prepared) == 2
+
+
 @pytest.mark.parametrize("wants_grad", [False, True], ids=["", "gradients"])
 @pytest.mark.parametrize("has_state", [False, True], ids=["", "state"])
 @pytest.mark.parametrize("order", [("g", "beta"), ("beta", "g")], ids=" ".join)
@@ -402,6 +410,25 @@ def test_whole_calls_of_recurrences(recorder, prepared, monkeypatch, order, has_
     found, usual = (launches(recorder, lambda run=run: run(second)) for run in (whole, parts))
     assert found == usual and len(chosen) == 2
     assert [t.requires_grad for t in whole(second)] == [wants_grad] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", DECAYS)
+def test_kernels_compiled_side_by_side_give_the_same_bits(threads, monkeypatch, tmp_path, name):
+    given = [None if t is None else t.detach().cuda().requires_grad_() for t in recurrence(DECAYS[name], 2048, 128)]
+    usual = run_and_differentiate(given)
+    for entry in {key[0] for key in quick._KNOWN}:
+        entry.device_caches.clear()
+    compiled: list = []
+    monkeypatch.setattr(quick, "_ready", lambda compile, f=quick._ready: (compiled.append(compile), f(compile))[1])
+    monkeypatch.setattr(quick, "_KNOWN", {})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    replay.forget()
+    found = run_and_differentiate(given)
+    assert len(compiled) > 4
+    for one, other in zip(found, usual, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -10,26 +10,33 @@ compiled, and it encodes descriptors anew each time.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from inspect import getclosurevars, signature
 from itertools import repeat
 from operator import itemgetter
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import AsyncCompileMode, knobs
 from triton._C.libtriton import native_specialize_impl as specialise
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ENCODED = 256  # descriptors that are kept for a compiled kernel
+LEAST_PYTHON = 3, 11, 8  # of threads that parse at the same time: python/cpython#106905
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +69,19 @@ class Box(NamedTuple):
 
 def launch(entry: Any, programs: int, arguments: Sequence[Any], **options: Any) -> None:
     """entry[(programs,)](*arguments, **options), for a grid of one dimension. Boxes come before all other arguments."""
+    unknown = getattr(_WATCH, "unknown", None)
     if why_not(entry) is not None:
-        ordinary(entry, programs, arguments, **options)
+        if not unknown:
+            ordinary(entry, programs, arguments, **options)
         return
     active: Any = driver.active
     device = active.get_current_device()
     key, boxes, rest = _kind(entry, device, arguments, options)
     direct = _KNOWN.get(key)
+    if unknown is not None and direct is None:
+        unknown.append((entry, arguments, options))
+    if unknown:
+        return
     if direct is None:
         compiled = ordinary(entry, programs, arguments, **options)
         if isinstance(compiled, CompiledKernel):  # a hook of Triton's may have kept it from being compiled
@@ -218,6 +231,48 @@ def _encoder(compiled: Any) -> Callable[..., list[Any]]:
         return make(_Described(_Base(pointer), shape, strides), known[place], *spare)
 
     return encode
+
+
+# ---- kernels that are compiled side by side ----
+
+
+def together(compute: Callable[[], Made]) -> Made:
+    """compute(), but kernels that are not known yet are compiled side by side. If there are some, nothing is launched
+    behind the first of them, and all is computed once more: `compute` writes to nothing but what it makes, and asks for
+    none of its numbers."""
+    if sys.version_info < LEAST_PYTHON:
+        return compute()
+    seen = _watching()
+    count = 0 if seen is None else len(seen.fresh)
+    unknown = _WATCH.unknown = []
+    try:
+        made = compute()
+    finally:
+        _WATCH.unknown = None
+    if not unknown:
+        return made
+    del made  # before as much is made again
+    if seen is not None:
+        del seen.fresh[count:]
+    Context().run(_compile, unknown)  # where no other such mode is active, and this one stays
+    unknown.clear()
+    return compute()
+
+
+def _compile(kernels: Sequence[tuple[Any, Sequence[Any], dict[str, Any]]]) -> None:
+    """What fails here is left for the launch to tell of."""
+    with ThreadPoolExecutor(len(kernels)) as pool:
+        submitting: Any = SimpleNamespace(submit=lambda compile: pool.submit(_ready, compile))
+        with AsyncCompileMode(submitting, ignore_errors=True):
+            for entry, arguments, options in kernels:
+                entry.warmup(*_described(arguments), grid=(1,), **options)
+
+
+def _ready(compile: Callable[[], CompiledKernel]) -> CompiledKernel:
+    """Compiled, and what launches it, which Triton 3.6 has from a C compiler, in its cache."""
+    kernel = compile()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)  # type: ignore[attr-defined]  those of GPUs have it
+    return kernel
 
 
 # ---- what a call launches ----

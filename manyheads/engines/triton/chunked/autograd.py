@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.core.alike import alike
-from manyheads.engines.triton import replay
+from manyheads.engines.triton import quick, replay
 from manyheads.engines.triton.chunked.backward import Gradients, backward, shared
 from manyheads.engines.triton.chunked.call import Call, prepare
 from manyheads.engines.triton.chunked.forward import forward, step
@@ -103,7 +103,7 @@ def _backward(given: Given, scale: float, decays: bool) -> Gradients:
 
 
 def _replayed(about: tuple[Any, ...], given: Given, compute: Callable[[], replay.Made]) -> replay.Made:
-    return replay.replayed(_key(about, given), given, (), tuple, compute)
+    return replay.replayed(_key(about, given), given, (), tuple, lambda: quick.together(compute))
 
 
 def _key(about: tuple[Any, ...], given: Given) -> replay.Key | None:

@@ -44,16 +44,21 @@ def differentiate(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, g, beta and the state, in this order; empty where there are none. `decays`: whether g
     needs its own."""
-    from manyheads.engines.triton.chunked.backward import backward, shared
+    from manyheads.engines.triton import quick
+    from manyheads.engines.triton.chunked.backward import Gradients, backward, shared
     from manyheads.engines.triton.chunked.call import Call, prepare
     from manyheads.engines.triton.chunked.forward import starts_of, walk
     from manyheads.engines.triton.launch import _rows
 
     call = Call.of(q, k, v, g, beta, scale)
-    with torch.cuda.device_of(q):
+
+    def compute() -> Gradients:
         made = prepare(call)
         starts = starts_of(call, state, lambda *local: walk(call, made, None, local=local))
-        found = backward(call, made, starts, _rows(do), d_end, decays)
+        return backward(call, made, starts, _rows(do), d_end, decays)
+
+    with torch.cuda.device_of(q):
+        found = quick.together(compute)
         found = found._replace(k=shared(found.k, k), v=shared(found.v, v))
     likes = _differentiated(do, d_end, decays, q, k, v, g, beta, state)
     return [
