@@ -182,6 +182,6 @@ class TestOnAGpu:
         taken, fused = [], hopper.fused
         monkeypatch.setattr(hopper, "fused", lambda *given: (taken.append(given), fused(*given)))
         cuda = torch.device("cuda")
-        assert max(errors(case, torch.bfloat16, cuda).values()) < 1e-2 and len(taken) == 1
+        assert max(errors(case, torch.bfloat16, cuda).values()) < 1e-2 and taken
         first, *more = (computed(case, triton, torch.bfloat16, cuda, torch.bfloat16) for _ in range(5))
         assert all(torch.equal(first[name], other[name]) for other in more for name in first)

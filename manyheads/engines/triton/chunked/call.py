@@ -14,7 +14,7 @@ from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
 from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
 from manyheads.engines.triton.chunked.kernels.gates import fades as fades_of_channels
-from manyheads.engines.triton.chunked.kernels.pairs import AT_ONCE, AT_ONCE_OF_MANY, MANY, pairs, rapid
+from manyheads.engines.triton.chunked.kernels.pairs import AT_ONCE, pairs, rapid
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps
 from manyheads.engines.triton.quick import empty, empty_like, launch, zeros
@@ -202,13 +202,12 @@ def fast_chunks(
     out = call.v if o is None else o
     unit, steps = _steps(call.q, call.k, call.v, out)
     total, tile = call.rows * call.chunks, call.tile("pairs")
-    at_once = AT_ONCE if total < MANY else AT_ONCE_OF_MANY
-    programs = cdiv(total, at_once)
+    programs = cdiv(total, AT_ONCE)
     sums = call.new(programs, call.chunk, call.head_dim) if sums is None else sums
     arguments = (
         call.q, call.k, call.v, call.g, sums, a, o, ends, *steps, *steps_of(call.g), total, *call.sizes, call.scale,
         call.head_dim, padded(call.head_dim), call.v_head_dim, min(call.chunk, padded(call.v_head_dim)), tile.columns,
-        call.chunk, at_once, unit, INTERPRETED,
+        call.chunk, AT_ONCE, unit, INTERPRETED,
     )  # fmt: skip
     launch(rapid, programs, arguments, **tile.options)
 

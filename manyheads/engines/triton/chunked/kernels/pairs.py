@@ -26,9 +26,7 @@ from manyheads.engines.triton.chunked.kernels.common import (
 
 NARROW = tl.constexpr(32)  # channels at a time where halves meet: compiled sooner than all, and without spills
 LEAST, LEAST_HALF = tl.constexpr(-120.0), tl.constexpr(-8.0)
-# Chunks that a program of `rapid` looks at, and of so many chunks: two programs fit a multiprocessor, and one wave of
-# them takes 5 us where nothing is fast, but all may be.
-AT_ONCE, AT_ONCE_OF_MANY, MANY = 16, 64, 2**13
+AT_ONCE = 16  # chunks that a program of `rapid` looks at
 
 
 @triton.jit
@@ -133,6 +131,8 @@ def rapid(
     there = (at < total)[:, None] & (rows < D)[None, :]
     least = tl.min(tl.load(ENDS + at.to(tl.int64)[:, None] * D + rows[None, :], mask=there, other=0.0), 1)
     fast = (~moderate(least, K.dtype.element_ty == tl.float16)).to(tl.int32)
+    if tl.max(fast, 0) == 0:
+        return
     for n in tl.range(0, AT_ONCE):
         if tl.sum(tl.where(each == n, fast, 0), 0) > 0:
             chunk = (tl.program_id(0) + n * tl.num_programs(0)).to(tl.int64)
