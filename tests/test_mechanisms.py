@@ -114,8 +114,9 @@ def test_flex_is_as_exact_as_plain_torch(name, settings, make_inputs):
 def check_engine(name, settings, engine, dtype, make_inputs):
     """The error against float64 is at most twice what the equation itself makes in that dtype.
 
-    A rounding of the largest number comes on top, for the equation may be exact by luck. With the gradients, where the
-    engine has them.
+    Roundings of the largest number come on top, for the equation may be exact by luck: one in 16 bits, and four in
+    float32, where processors sum in orders of their own (2.9 at most with AVX-512, AVX2 and neither). With the
+    gradients, where the engine has them.
     """
     mechanism = get(name)
     form = mechanism(**settings)
@@ -143,8 +144,8 @@ def check_engine(name, settings, engine, dtype, make_inputs):
     plain = outcomes(lambda q, k, v, operands: mechanism.reference(q, k, v, **settings, **operands), x.leaves)
     ours = outcomes(lambda q, k, v, operands: attention(q, k, v, form, engine=engine, **operands), x.leaves)
     for have, usual, want in zip(ours, plain, truth, strict=True):
-        rounding = torch.finfo(dtype).eps * want.abs().max().item()
-        bound = mechanism.tolerance * (2 * (usual - want).abs().max().item() + rounding)
+        roundings = (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps * want.abs().max().item()
+        bound = mechanism.tolerance * (2 * (usual - want).abs().max().item() + roundings)
         assert (have - want).abs().max().item() <= bound
 
 
