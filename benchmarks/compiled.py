@@ -429,18 +429,17 @@ def channel_kernels() -> Iterator[tuple[str, Callable[[], Any]]]:
     for writes, width in (("add", 64), ("add", 128), ("delta", 128)):
         own = {"DECAYS": True, "CORRECTS": writes == "delta", "ENDS": None}
         yield from walks_of("channels ", f"{writes} {width}", width, own)
-        if writes == "add":
-            found = own | {"ends_desc": None, "A": None}
-            yield from walks_of("channels ", f"{writes} {width} found", width, found, ("walk {}segments",))
-            del found["ENDS"]
-            yield from walks_of("channels ", f"{writes} {width} found", width, found, ("walk {}outputs",))
+        if writes == "add":  # walks that find last sums; the one for outputs leaves them behind
+            for launch, ends in (("walk {}segments", {"ENDS": None}), ("walk {}outputs", {})):
+                found = {"DECAYS": True, "CORRECTS": False, "ends_desc": None, "A": None} | ends
+                yield from walks_of("channels ", f"{writes} {width} found", width, found, only=launch)
         given = {"CORRECTS": writes == "delta", "DIM": width, "V_DIM": 128, "g_n": width}
         given |= {} if writes == "delta" else dict.fromkeys(("BETA", "DBETA"))
         yield f"gradients channels {writes} {width}", partial(walked, "gradients_channels", width, given)
 
 
 def walks_of(
-    kind: str, name: str, width: int, own: dict[str, Any], only: tuple[str, ...] = ()
+    kind: str, name: str, width: int, own: dict[str, Any], only: str | None = None
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     whole, corrects = dict.fromkeys(("TRANSITION", "TOTALS", "FADES")), own["CORRECTS"]
     local = {"START": None} | ({} if own["DECAYS"] else {"FADES": None}) | ({} if corrects else {"TRANSITION": None})
@@ -450,7 +449,7 @@ def walks_of(
         "walk {}segments": local, "back {}": whole, "back {}segments": local,
     }  # fmt: skip
     for launch, constants in launches.items():
-        if only and launch not in only:
+        if only not in (None, launch):
             continue
         adds = launch == "back {}segments" and not corrects
         kernel = "walk" if adds else launch.split()[0]

@@ -151,12 +151,7 @@ def check_found(case: Case, device: torch.device) -> None:
     inside = known.a.double().cpu().nan_to_num(0.0).unflatten(0, call.state[:2]) @ v * walks.SCALE
     assert truth.near(o.double().cpu() + inside.flatten(2, 3)[:, :, : case.length], true_o)
     assert truth.near(end, starts[-1])
-
-    local = truth.locals()
-    hopper.walk(call, replace(made, ends=None), None, local=local)
-    states = truth.states(truth.v, truth.per)[1]
-    for n in range(call.segments - 1):
-        assert truth.near(walks.put_together(local, states[n], n), states[n + 1].flatten(0, 1)), n
+    walks.check_segments(case, device, a=None, ends=None)
 
 
 ADDING = [case for case in CASES if not case.delta]

@@ -96,7 +96,7 @@ def adding(**options: Any) -> tuple[Call, Any]:
 
 
 def fades_alone() -> None:
-    """What a process of its own does: how far the fades are from those that `pairs` finds, if a way back follows and if
+    """What a process of its own does: how far fades are from those that `pairs` finds, if a way back follows and if
     not; which are infinite, and which are 0."""
     tables.LEAST = 1  # three segments of a chunk
     _, known = adding()

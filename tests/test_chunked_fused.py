@@ -24,6 +24,7 @@ import compiled
 import gluon_emulator as emulator
 import in_flight
 
+from manyheads.engines.triton import replay
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.backward import Gradients
 from manyheads.engines.triton.chunked.call import Call
@@ -182,6 +183,10 @@ class TestOnAGpu:
         taken, fused = [], hopper.fused
         monkeypatch.setattr(hopper, "fused", lambda *given: (taken.append(given), fused(*given)))
         cuda = torch.device("cuda")
-        assert max(errors(case, torch.bfloat16, cuda).values()) < 1e-2 and taken
+        for _ in range(2):  # the first call may be made twice, as it compiles
+            taken.clear()
+            replay.forget()
+            assert max(errors(case, torch.bfloat16, cuda).values()) < 1e-2
+        assert len(taken) == 1
         first, *more = (computed(case, triton, torch.bfloat16, cuda, torch.bfloat16) for _ in range(5))
         assert all(torch.equal(first[name], other[name]) for other in more for name in first)

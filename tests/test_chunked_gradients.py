@@ -80,13 +80,17 @@ REAL = [(128, 64, (4, 1)), (64, 128, (2, 2)), (32, 16, (2, 1)), (128, 128, (2, 2
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("head_dim", "v_head_dim", "heads"), REAL)
 def test_on_a_gpu(monkeypatch, form, head_dim, v_head_dim, heads):
+    from manyheads.engines.triton import replay
     from manyheads.engines.triton.chunked.hopper import gradients
 
     taken, found = [], gradients.gradients
     monkeypatch.setattr(gradients, "gradients", lambda *args: (taken.append(args), found(*args)))
-    of_case = errors(Case(form, 400, 500, head_dim, v_head_dim, heads, 2), torch.bfloat16, torch.device("cuda"))
-    assert max(of_case.values()) < 2.4e-2, of_case
-    assert bool(taken) == (torch.cuda.get_device_capability()[0] == 9)
+    for _ in range(2):  # the first call may be made twice, as it compiles
+        taken.clear()
+        replay.forget()
+        of_case = errors(Case(form, 400, 500, head_dim, v_head_dim, heads, 2), torch.bfloat16, torch.device("cuda"))
+        assert max(of_case.values()) < 2.4e-2, of_case
+    assert len(taken) == (torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.gpu

@@ -4,9 +4,10 @@ on a GPU."""
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,10 +192,11 @@ def check_forward(case: Case, device: torch.device) -> None:
             assert truth.near(truth.by_channel(g.sum(2)).exp()[..., None] * true[n] + added, true[n + 1])
 
 
-def check_segments(case: Case, device: torch.device) -> None:
+def check_segments(case: Case, device: torch.device, **changes: Any) -> None:
+    """changes: of what is prepared."""
     truth = Truth(case, device)
     call, local = truth.call, truth.locals()
-    hopper.walk(call, truth.prepared(), None, local=local)
+    hopper.walk(call, replace(truth.prepared(), **changes), None, local=local)
     states = truth.states(truth.v, truth.per)[1]
     if case.decay == STRONG and case.delta:
         ends = range(0, truth.per * (call.segments - 1), truth.per)

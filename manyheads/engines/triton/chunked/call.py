@@ -12,8 +12,7 @@ from torch import Tensor
 from manyheads.engines.triton.blocks import cdiv, padded
 from manyheads.engines.triton.chunked import hopper, tables
 from manyheads.engines.triton.chunked.hopper import gradients as on_hopper
-from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, gates
-from manyheads.engines.triton.chunked.kernels.gates import fades as fades_of_channels
+from manyheads.engines.triton.chunked.kernels.gates import CHUNKS, fades_of_channels, gates
 from manyheads.engines.triton.chunked.kernels.pairs import AT_ONCE, pairs, rapid
 from manyheads.engines.triton.chunked.kernels.solve import solve
 from manyheads.engines.triton.launch import INTERPRETED, _rows, _steps

@@ -84,10 +84,11 @@ def _walk(
     end, totals, transition = (end, None, None) if local is None else local
     v = _half(values, call.chunk)
     out = o if o is not None else u
+    found = made.ends if o is not None and finds_ends(call, made) else None
     own = (
         q, k, v, *_sides(call, made), v if out is None else _half(out, call.chunk),
         v if states is None else _states(call, states), _ends(call, made), made.a, starts, end, transition, totals,
-        None if local is None else made.fades, _found(call, made, o), call.heads, 1 if backwards else call.group,
+        None if local is None else made.fades, found, call.heads, 1 if backwards else call.group,
         *_spans(call, local), call.scale, call.v_head_dim, BACK_STAGES if call.channels else STAGES, o is not None,
         states is not None, backwards, call.g is not None, made.t is not None,
     )  # fmt: skip
@@ -175,14 +176,9 @@ def _ends(call: Call, made: Prepared) -> quick.Box | None:
     return _flat(made.ends, (call.rows * call.chunks, call.head_dim), (1, call.head_dim))
 
 
-def _found(call: Call, made: Prepared, o: Tensor | None) -> Tensor | None:
-    """Where a walk puts the last sums that it finds itself."""
-    return made.ends if finds_ends(call, made) and o is not None else None
-
-
 def finds_ends(call: Call, made: Prepared) -> bool:
-    """Whether walks find the last sums of each chunk themselves, and leave out what tokens of fast chunks read of each
-    other, for `rapid` to add."""
+    """Whether walks find the last sums of each chunk themselves, which the one for outputs leaves behind, and leave out
+    what tokens of fast chunks read of each other, for `rapid` to add."""
     return call.channels and made.a is None
 
 

@@ -30,7 +30,7 @@ def gates(G, SUMS, FADES, g_b, g_h, g_n, kv_len, heads, C: tl.constexpr, CHUNKS:
 
 
 @triton.jit(do_not_specialize=["kv_len", "heads", "rows", "segments", "per"])
-def fades(
+def fades_of_channels(
     G, FADES, g_b, g_h, g_n, kv_len, heads, rows, segments, per, D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr
 ):
     """G: log decays [batch, heads, kv_len, D]; FADES: as those of `pairs` where writes add, of the first `segments` of

@@ -157,7 +157,7 @@ def _helper(slots, inner, A, ENDS, span, scale, CHANNELS: gl.constexpr, BACKWARD
 @gluon.jit
 def _producer(boxes, slots, span, heads, column, BACKWARDS: gl.constexpr):
     q_desc, k_desc, v_desc, t_desc, g_desc, beta_desc, ends_desc = boxes
-    qs, ks, vs, ts, betas, gs, ends, _, full, _, free = slots
+    qs, ks, vs, ts, betas, gs, ends, scales, full, _, free = slots
     line, begin, stop, chunks = span
     b, h, kv_head, v_head = heads
     STAGES: gl.constexpr = ks.shape[0]
@@ -165,24 +165,24 @@ def _producer(boxes, slots, span, heads, column, BACKWARDS: gl.constexpr):
     D: gl.constexpr = ks.shape[4]
     HALF: gl.constexpr = vs[0].shape[4]
     HALVES: gl.constexpr = len(vs)
-    CHANNELS: gl.constexpr = g_desc is not None and len(g_desc.block_shape) == 4
+    CHANNELS: gl.constexpr = scales is not None
     DECAYS: gl.constexpr = gs is not None and not CHANNELS
     CORRECTS: gl.constexpr = t_desc is not None
     ROWS: gl.constexpr = (D * (1 if qs is None else 2) + HALVES * HALF + (C if CORRECTS else 0)) * 2
     NUMBERS: gl.constexpr = (4 if CORRECTS else 0) + (4 if DECAYS else 0)
-    ENDS: gl.constexpr = 4 if ends_desc is not None else 0
-    OF_CHANNELS: gl.constexpr = D * (C * (4 if g_desc.dtype == gl.float32 else 2) + ENDS) if CHANNELS else 0
+    OF_CHANNELS: gl.constexpr = C * D * (4 if g_desc.dtype == gl.float32 else 2) if CHANNELS else 0
+    LAST: gl.constexpr = 4 * D if ends is not None else 0
     for n in range(begin, stop):
         step = n - begin
         c = chunks - 1 - n if BACKWARDS else n
         slot = step % STAGES
         here = full.index(slot)
         mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(here, C * (ROWS + NUMBERS) + OF_CHANNELS)
+        mbarrier.expect(here, C * (ROWS + NUMBERS) + OF_CHANNELS + LAST)
         if CHANNELS:
             tma_load(g_desc, [b, h, c * C, 0], here, gs.index(slot))
-            if ends_desc is not None:
-                tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
+        if ends is not None:
+            tma_load(ends_desc, [line + c, 0], here, ends.index(slot))
         tma_load(k_desc, [b, kv_head, c * C, 0], here, ks.index(slot))
         if qs is not None:
             tma_load(q_desc, [b, h, c * C, 0], here, qs.index(slot))
